@@ -1,0 +1,1 @@
+"""Proof: statistics, evaluation and the report."""

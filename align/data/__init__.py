@@ -1,0 +1,1 @@
+"""Loading and converting datasets, and rendering conversations with answer masks."""

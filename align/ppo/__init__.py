@@ -1,0 +1,1 @@
+"""PPO on one shared base: pure maths, the cast of adapters, rollouts and the trainer."""

@@ -1,0 +1,1 @@
+"""The label store, the simulated panel and (in a later release) the labelling app."""

@@ -1,0 +1,1 @@
+"""Preference records, aggregation of labels, reward training, scoring and trust."""
