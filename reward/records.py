@@ -60,7 +60,9 @@ def iter_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                raise InputError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8.") from None
+                raise InputError(
+                    f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8."
+                ) from None
             if not line:
                 continue
             try:

@@ -1,0 +1,143 @@
+"""The command line: a table of contents.
+
+Exit codes: 0 done; 2 the user's input is wrong (one clear sentence on stderr, no traceback); 1 our fault.
+Imports are late on purpose: `align --help` must not pay for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="From demonstrations to a verdict: sft, sample, label, reward, dpo, ppo, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the pipeline.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as dpo.beta=0.2.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Redo a stage whose folder was made from other inputs.")]
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    force: Force = False,
+    accelerate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start training stages under accelerate launch.")
+    ] = None,
+) -> None:
+    """Run all stages in order, skipping what is done."""
+    from align import pipeline
+    from align.config import load_config
+
+    pipeline.run_pipeline(load_config(config, overrides or []), force=force, accelerate=accelerate)
+
+
+@app.command()
+def sft(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
+    """1. Fine-tune the base on demonstrations."""
+    _stage("sft", config, overrides, force)
+
+
+@app.command()
+def sample(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
+    """2. Sample several answers to every prompt."""
+    _stage("sample", config, overrides, force)
+
+
+@app.command()
+def label(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
+    """3. Turn comparisons, or an existing dataset, into preferences."""
+    _stage("label", config, overrides, force)
+
+
+@app.command()
+def reward(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
+    """4. Train the reward model on the preferences."""
+    _stage("reward", config, overrides, force)
+
+
+@app.command()
+def dpo(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
+    """5. Align the policy on the preferences with DPO."""
+    _stage("dpo", config, overrides, force)
+
+
+@app.command()
+def ppo(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
+    """6. Align the policy against the reward model with PPO."""
+    _stage("ppo", config, overrides, force)
+
+
+@app.command()
+def compare(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
+    """7. Compare the models on held-out prompts and write the report."""
+    _stage("compare", config, overrides, force)
+
+
+@app.command()
+def lineage(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Print the chain from a model back to its labels and data, with digests."""
+    from align import lineage
+
+    typer.echo(lineage.as_text(run))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a config file, for editors."""
+    import json
+
+    from align.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _stage(name: str, config: Path, overrides: list[str] | None, force: bool) -> None:
+    from align import pipeline
+    from align.config import load_config
+
+    pipeline.run_stage(load_config(config, overrides or []), name, force=force)
+
+
+def main() -> None:
+    """The `align` command: run it and turn what went wrong into an exit code."""
+    from reward.records import InputError
+
+    try:
+        app(standalone_mode=False)
+        return
+    except InputError as error:
+        _complain(str(error))
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("stopped; the same command goes on from the last checkpoint.")
+        sys.exit(130)
+    except Exception as error:
+        from align.runs import is_disk_full
+
+        if is_disk_full(error):
+            _complain("the disk is full: make room and run the same command again; it goes on where it stopped.")
+        elif hasattr(error, "format_message"):  # click's own: a missing argument, an unknown option
+            _complain(f"{error.format_message()}. See `align --help`.")
+        else:
+            raise
+    sys.exit(2)
+
+
+def _complain(sentence: str) -> None:
+    import os
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"align: {sentence}", file=sys.stderr)

@@ -1,0 +1,195 @@
+"""The pipeline: seven stages in order, each from a config (and its parents' run folders) to one run folder.
+
+    1 sft      demonstrations            -> SFT model, the base of everything after it
+    2 sample   prompts x policies        -> comparisons
+    3 label    comparisons or a dataset  -> preferences
+    4 reward   preferences               -> reward model (adapter + score head on the SFT model)
+    5 dpo      preferences               -> policy (adapter on the SFT model)
+    6 ppo      prompts x reward model    -> policy (adapter on the SFT model)
+    7 compare  held-out prompts x models -> report.html, report.json
+
+A stage runs alone (`run_stage`) or after the others (`run_pipeline`), in this process or, under a launcher, in many.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align import progress, ranks
+from align.config import Config
+from align.runs import Run, open_run
+from reward.records import InputError, file_digest
+
+# Keys that change how a stage runs or reports, not what comes out: they may differ between a start and its resumption.
+NEUTRAL_KEYS = {"logging_steps", "save_steps", "save_total_limit", "report_to", "run_name", "dataloader_num_workers"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline.
+
+    function: "module:name" of `(config, run) -> summary`, imported only when the stage runs.
+    parents: the finished stages it reads.
+    files: the config keys of `data` whose files it reads.
+    trains: whether it may be started on many processes by `align run --accelerate`.
+    """
+
+    function: str
+    parents: Callable[[Config], list[str]]
+    files: Sequence[str] = ()
+    trains: bool = False
+
+
+def _on_sft(*others: str) -> Callable[[Config], list[str]]:
+    return lambda config: [*(["sft"] if "sft" in config.stages else []), *others]
+
+
+def _compared(config: Config) -> list[str]:
+    trained = [name for name in config.compare.models if name in ("sft", "dpo", "ppo") and name in config.stages]
+    return [*trained, *(["reward"] if "reward" in config.stages else [])]
+
+
+STAGES = {
+    "sft": Stage("align.sft:run_sft", lambda c: [], ["demonstrations"], trains=True),
+    "sample": Stage("align.sample:run_sample", _on_sft(), ["demonstrations", "prompts"]),
+    "label": Stage(
+        "align.label:run_label", lambda c: ["sample"] if c.label.source == "simulated" else [], ["preferences"]
+    ),
+    "reward": Stage("align.reward_model:run_reward", _on_sft("label"), trains=True),
+    "dpo": Stage("align.dpo:run_dpo", _on_sft("label"), trains=True),
+    "ppo": Stage(
+        "align.ppo.stage:run_ppo", _on_sft("reward"), ["demonstrations", "prompts", "preferences"], trains=True
+    ),
+    "compare": Stage("align.compare.stage:run_compare", _compared, ["demonstrations", "prompts", "preferences"]),
+}
+
+
+def run_stage(config: Config, name: str, *, force: bool = False) -> Run:
+    """Run one stage, or resume it, or find it done.
+
+    Raises:
+        InputError: the config, the data, a parent or the run folder is not fit for it.
+    """
+    stage = STAGES[name]
+    parents = {parent: config.folder(parent) for parent in stage.parents(config)}
+    inputs = stage_inputs(config, name)
+    ranks.start()
+    with open_run(
+        name,
+        config.folder(name),
+        inputs,
+        config_yaml=config_yaml(config),
+        parents=parents,
+        force=force,
+        writer=ranks.is_first(),
+        labels_simulated=config.label.source == "simulated" and name not in ("sft", "sample"),
+    ) as run:
+        ranks.wait()
+        if ranks.share(run.finished):
+            progress.say(f"{name}: already done, {run.folder}")
+            return run
+        progress.say(f"{name}: {'resuming in' if run.resuming else 'writing to'} {run.folder}")
+        started = time.monotonic()
+        # Imported late: torch and the trainers cost seconds that a finished or a refused stage should not pay.
+        training = importlib.import_module("align.training")
+        module, _, function = stage.function.partition(":")
+        with training.calm_libraries():
+            summary = getattr(importlib.import_module(module), function)(config, run)
+        ranks.wait()
+        run.finish(summary)
+        ranks.wait()
+    progress.say(f"{name}: done in {progress.duration(time.monotonic() - started)}. {headline(summary)}")
+    return run
+
+
+def run_pipeline(config: Config, *, force: bool = False, accelerate: Path | None = None) -> None:
+    """All stages of the config in order, skipping what is done; `accelerate` starts training stages under a launcher."""
+    for name in config.stages:
+        stage_inputs(config, name)  # a missing file of the last stage is said before the first one starts
+    if accelerate and not accelerate.is_file():
+        raise InputError(
+            f"--accelerate {accelerate} does not exist: give a file such as configs/accelerate/zero2.yaml."
+        )
+    for name in config.stages:
+        if accelerate and STAGES[name].trains:
+            _launch(config, name, force, accelerate)
+        else:
+            run_stage(config, name, force=force)
+
+
+def stage_inputs(config: Config, name: str) -> dict[str, Any]:
+    """Everything that decides a stage's result, flat: config keys and the digests of the files it reads.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    stage = STAGES[name]
+    inputs: dict[str, Any] = {"seed": config.seed}
+    sections = [name, "model", *(["data"] if stage.files else []), *(["label"] if name == "compare" else [])]
+    for section in sections:
+        for key, value in _flat(config.section(section).model_dump(mode="json"), section):
+            if key.rpartition(".")[2] not in NEUTRAL_KEYS and not key.startswith("data."):
+                inputs[key] = value
+    if stage.files:
+        inputs |= {"data.test_share": config.data.test_share, "data.max_rows": config.data.max_rows}
+    for key in stage.files:
+        path = getattr(config.data, key)
+        if path is None or (key == "preferences" and config.label.source != "dataset"):
+            continue
+        if not Path(path).is_file():
+            raise InputError(f"data.{key}: {path} does not exist: give the path of a JSONL file.")
+        inputs[f"file {path}"] = file_digest(path)
+    if "sft" not in stage.parents(config) and name != "label":
+        for weights in sorted(Path(config.model.base).glob("*.safetensors")):
+            inputs[f"file {weights}"] = file_digest(weights)
+    return inputs
+
+
+def config_yaml(config: Config) -> str:
+    """The fully resolved config, as it can be loaded again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """The figures of a summary that fit on one line."""
+    parts = []
+    for key, value in summary.items():
+        if isinstance(value, dict):
+            inner = ", ".join(f"{k} {_number(v)}" for k, v in value.items() if isinstance(v, int | float))
+            if inner:
+                parts.append(f"{key} ({inner})")
+        elif isinstance(value, int | float | str) and "digest" not in key:
+            parts.append(f"{key} {_number(value)}")
+    return "; ".join(parts).replace("_", " ")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _flat(value: Any, prefix: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}.{key}")]
+    return [(prefix, value)]
+
+
+def _launch(config: Config, name: str, force: bool, accelerate: Path) -> None:
+    """Run one stage under `accelerate launch`, with exactly this config."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix=f"{config.name}-") as file:
+        file.write(config_yaml(config))
+        file.flush()
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
+        command = [*launcher, "-m", "align", name, file.name, *(["--force"] if force else [])]
+        code = subprocess.run(command, check=False).returncode
+    if code:
+        raise InputError(f"{name} ended with exit code {code} under accelerate launch; what went wrong is said above.")
