@@ -206,7 +206,7 @@ class LabelSection(Section):
 
     source: Literal["simulated", "dataset", "people"] = Field(
         "simulated",
-        description="simulated: a panel with a documented hidden preference; dataset: data.preferences; people: the app.",
+        description="simulated: a panel with a documented taste; dataset: data.preferences; people: the app.",
     )
     annotators: int = Field(6, gt=0, description="Size of the simulated panel.")
     labels_per_item: int = Field(3, gt=0, description="Labels by different annotators on each pair of answers.")
@@ -237,7 +237,9 @@ class DpoSection(EpochSection):
     loss_type: str | list[str] = Field(
         "sigmoid", description="Any of TRL's loss types by name, or several with loss_weights."
     )
-    precompute_ref_log_probs: bool = Field(True, description="Reference log-probabilities once, before training.")
+    precompute_ref_log_probs: bool = Field(
+        False, description="Reference log-probabilities once, before training; pays from the second epoch on."
+    )
 
     @field_validator("loss_type")
     @classmethod

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,3 +83,19 @@ def as_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     if finished:
         ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
     return Answer(ids, tokenizer.decode(ids, skip_special_tokens=True).strip(), finished)
+
+
+class Partial:
+    """Batches written so far, one a line; a line that a kill cut short is not counted."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.batches = path, []
+        if path.exists():
+            whole = [line for line in path.read_text("utf-8").split("\n")[:-1] if line]
+            self.batches = [json.loads(line) for line in whole]
+            path.write_text("".join(line + "\n" for line in whole), "utf-8")
+
+    def add(self, batch: list[Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(batch, ensure_ascii=False) + "\n")
+        self.batches.append(batch)

@@ -78,8 +78,8 @@ def load_tokenizer(path: str, section: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = template.read_text("utf-8")
     if not tokenizer.chat_template:
         raise InputError(
-            f"the tokenizer of {section.base} has no chat template, so prompts cannot be rendered: use an instruct model, "
-            "or set model.chat_template to a Jinja file."
+            f"the tokenizer of {section.base} has no chat template, so prompts cannot be rendered: use an instruct "
+            "model, or set model.chat_template to a Jinja file."
         )
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {section.base} has no end-of-sequence token, so no answer could ever stop.")
@@ -185,7 +185,9 @@ def _unpack(gguf: Path, folder: Path) -> None:
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     # Without dequantize=True the model counts as quantised and can be neither saved nor trained.
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent),

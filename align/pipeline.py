@@ -14,6 +14,7 @@ A stage runs alone (`run_stage`) or after the others (`run_pipeline`), in this p
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -100,6 +101,7 @@ def run_stage(config: Config, name: str, *, force: bool = False) -> Run:
             return run
         progress.say(f"{name}: {'resuming in' if run.resuming else 'writing to'} {run.folder}")
         started = time.monotonic()
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars; read when tqdm is imported
         # Imported late: torch and the trainers cost seconds that a finished or a refused stage should not pay.
         training = importlib.import_module("align.training")
         module, _, function = stage.function.partition(":")
@@ -113,7 +115,7 @@ def run_stage(config: Config, name: str, *, force: bool = False) -> Run:
 
 
 def run_pipeline(config: Config, *, force: bool = False, accelerate: Path | None = None) -> None:
-    """All stages of the config in order, skipping what is done; `accelerate` starts training stages under a launcher."""
+    """All stages in order, skipping what is done; `accelerate` starts the training stages under a launcher."""
     for name in config.stages:
         stage_inputs(config, name)  # a missing file of the last stage is said before the first one starts
     if accelerate and not accelerate.is_file():

@@ -61,3 +61,19 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def table(rows: list[list[str]]) -> None:
+    """A table on stderr: the first row is the header, the first column the names."""
+    from rich.table import Table
+
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2))
+    for index, title in enumerate(rows[0]):
+        drawn.add_column(title, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows[1:]:
+        drawn.add_row(*row)
+    # A file or a pipe has no width of its own; 160 columns keep every figure whole.
+    wide = console if console.is_terminal else Console(stderr=True, highlight=False, width=160)
+    wide.print(drawn, markup=False)

@@ -7,7 +7,6 @@ test side's comparisons become the held-out preferences that reward and dpo are 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from align import models, progress, ranks, training
 from align.config import Config
 from align.data.load import load_demonstrations, load_prompts, unique_prompts
 from align.data.render import fit, prompt_ids
-from align.generate import batches, generate
+from align.generate import Partial, batches, generate
 from align.runs import Run, done_digest
 from reward.records import InputError, Record, digest, write_jsonl
 
@@ -52,7 +51,7 @@ def run_sample(config: Config, run: Run) -> dict[str, Any]:
         path = policy_folder(config, policy)
         rows = [record for record in kept for _ in range(share)]
         ids = [prompt_ids(tokenizer, record["prompt"]) for record in rows]
-        partial = _Partial(run.work / f"policy-{number}.jsonl")
+        partial = Partial(run.work / f"policy-{number}.jsonl")
         total = len(batches(ids, section.batch_size))
         if len(partial.batches) < total:
             model = models.merged(models.load_policy(path, config.model))
@@ -150,19 +149,3 @@ def _shares(policies: list[str], answers: int) -> list[tuple[str, int]]:
             f"sample.policies names {len(policies)} policies, but answers_per_prompt is {answers}: raise it."
         )
     return [(policy, each + (index < extra)) for index, policy in enumerate(policies)]
-
-
-class _Partial:
-    """Batches written so far, one a line; a line that a kill cut short is not counted."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.batches = path, []
-        if path.exists():
-            whole = [line for line in path.read_text("utf-8").split("\n")[:-1] if line]
-            self.batches = [json.loads(line) for line in whole]
-            path.write_text("".join(line + "\n" for line in whole), "utf-8")
-
-    def add(self, batch: list[Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(batch, ensure_ascii=False) + "\n")
-        self.batches.append(batch)

@@ -7,13 +7,14 @@ import gc
 import importlib
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from align import models, progress, ranks
 from align.config import Config, TrainerSection
@@ -60,6 +61,7 @@ def train(trainer: Trainer, run: Run) -> dict[str, float]:
     checkpoint = last_checkpoint(Path(trainer.args.output_dir))
     if checkpoint:
         progress.say(f"  {run.stage}: resuming from {checkpoint.name}")
+    trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; metrics.jsonl holds them
     with contextlib.ExitStack() as stack:
         trainer.add_callback(_Metrics(run))
         trainer.add_callback(_Bar(run.stage, stack))
@@ -93,8 +95,11 @@ def release(*holders: Any) -> None:
 def calm_libraries() -> Iterator[None]:
     """Keep the libraries' own bars and advice off the screen: what the user must know, the stages say."""
     import datasets
+    import torch
     import transformers
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed guesses, with a warning
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

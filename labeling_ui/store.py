@@ -418,10 +418,12 @@ class LabelStore:
         Row numbers and times of storing do not enter: the same labels on the same items give the same digest in
         any store.
         """
+        # Labels before items: then every label's item is there, even while others add to the store.
+        given = self.labels(project)
         judged = {item.id: {"item": item.key, "content": item.digest} for item in self.items(project)}
         said = [name for name in JUDGEMENT if name != "item_id"]
         return content_digest(
-            [judged[label.item_id] | {name: getattr(label, name) for name in said} for label in self.labels(project)]
+            [judged[label.item_id] | {name: getattr(label, name) for name in said} for label in given]
         )
 
     @contextmanager

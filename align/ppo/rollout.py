@@ -87,7 +87,7 @@ def shape_and_estimate(rollout: Rollout, args: PPOConfig, kl_coef: float, reduce
     """Fill in reward, advantage and return; returns the KL per token (BT, nats).
 
     Args:
-        reduce: sums a tensor over all processes, so that whitening is over the whole update and not one process's share.
+        reduce: sums a tensor over all processes, so that whitening is over the whole update, not one process's part.
     """
     r = rollout
     score_B = r.score_B
