@@ -21,15 +21,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PydanticUserError,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from reward.records import InputError
 
@@ -42,6 +45,16 @@ class _Path:
 
 
 FilePath = Annotated[str, _Path()]
+
+# Adapter keys that the stage and its model decide.
+ADAPTER_OWNED_KEYS = {
+    "task_type": "the stage decides it",
+    "peft_type": "the adapter is always LoRA",
+    "base_model_name_or_path": "the model is described in the `model` section",
+    "inference_mode": "the stage decides it",
+    "auto_mapping": "PEFT fills it in",
+    "peft_version": "PEFT fills it in",
+}
 
 # Trainer keys of ppo that its own keys decide.
 PPO_OWNED_KEYS = dict.fromkeys(("max_steps", "num_train_epochs"), "total_episodes decides how long ppo trains")
@@ -72,7 +85,16 @@ class _KeyError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts true as 1; a learning rate of `true` is a slip, not 1.0."""
+        annotation = cls.model_fields[info.field_name].annotation if info.field_name else None
+        if isinstance(value, bool) and {annotation, *typing.get_args(annotation)} & {int, float}:
+            raise ValueError(f"is {str(value).lower()}, but a number is wanted")
+        return value
 
 
 class AdapterSection(Section):
@@ -138,6 +160,13 @@ class EpochSection(TrainerSection):
     num_train_epochs: float = Field(1, gt=0, description="Passes over the training rows.")
     max_steps: int = Field(-1, description="Optimiser steps in all; -1 lets num_train_epochs decide.")
     max_length: int = Field(1024, gt=0, description="Longest row in tokens; longer rows are left out and counted.")
+
+    @field_validator("max_steps")
+    @classmethod
+    def _steps_or_epochs(cls, value: int) -> int:
+        if value != -1 and value < 1:
+            raise ValueError(f"is {value}, but -1 (num_train_epochs decides) or a number of at least 1 is wanted")
+        return value
 
 
 class ModelSection(Section):
@@ -327,7 +356,7 @@ class Config(Section):
     @classmethod
     def _in_order(cls, stages: list[StageName]) -> list[StageName]:
         if len(set(stages)) < len(stages):
-            raise ValueError(f"a stage is named twice in {stages}")
+            raise ValueError(f"is {stages}, where a stage is named twice; name each of them once")
         return [stage for stage in STAGES if stage in stages]
 
     def folder(self, stage: str) -> Path:
@@ -347,9 +376,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(
-            f"config {path} does not exist: give the path of a YAML file, such as configs/quickstart.yaml."
-        )
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"config {path} {what}: give the path of a YAML file, such as configs/quickstart.yaml.")
     raw, lines = _read_yaml(path)
     raw.setdefault("name", path.stem)
     _resolve_paths(raw, Config, path.resolve().parent)
@@ -358,7 +386,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise InputError("\n".join(_sentence(e, path, lines) for e in error.errors())) from None
+        raise InputError("\n".join(_sentence(group, path, lines) for group in _by_key(error))) from None
 
 
 def json_schema() -> dict[str, Any]:
@@ -368,7 +396,7 @@ def json_schema() -> dict[str, Any]:
     for section in (AdapterSection, SftSection, RewardSection, DpoSection, PpoSection):
         properties = schema["$defs"][section.__name__]["properties"]
         for key, hint in config_fields(section.config_class).items():
-            if key not in OWNED_KEYS or section is AdapterSection:
+            if key not in _owned_keys(section):
                 properties.setdefault(key, _hint_schema(hint))
         schema["$defs"][section.__name__]["additionalProperties"] = False
     return schema
@@ -393,25 +421,51 @@ def _check_extras(section: AdapterSection | TrainerSection) -> None:
     """Check the keys that are not documented here against the library's own config class, and convert their values."""
     if not section.model_extra:
         return
-    known = config_fields(section.config_class)
+    known, owned = config_fields(section.config_class), _owned_keys(type(section))
     for key, value in section.model_extra.items():
-        owned = OWNED_KEYS | (PPO_OWNED_KEYS if isinstance(section, PpoSection) else {})
-        if isinstance(section, TrainerSection) and key in owned:
+        if key in owned:
             raise _KeyError(key, f"`{key}` cannot be set: {owned[key]}")
         if key not in known:
-            raise _KeyError(key, _unknown(key, [*type(section).model_fields, *known]))
+            fields = type(section).model_fields
+            settable = [name for name in known if name not in owned]
+            raise _KeyError(key, _unknown(key, fields, settable, f", and every other field of {section.config_class}"))
         try:
-            section.model_extra[key] = TypeAdapter(known[key]).validate_python(value)
+            section.model_extra[key] = _library_type(known[key]).validate_python(value)
         except ValidationError as error:
-            raise _KeyError(key, f"`{key}` is {value!r}, but {_wanted(error.errors()[0])} is wanted") from None
+            wanted = " or ".join(dict.fromkeys(_wanted(e) for e in error.errors()))
+            raise _KeyError(key, f"`{key}` is {_shown(value)}, but {wanted} is wanted") from None
         except PydanticUserError:  # a type pydantic has no schema for: the library checks it itself
             pass
 
 
-def _unknown(key: str, known: typing.Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(key, [*known], n=1, cutoff=0.5)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys are {', '.join(sorted(known))}"
+def _owned_keys(section: type[Section]) -> dict[str, str]:
+    """The keys of a library's config class that this section refuses, with the reason."""
+    if issubclass(section, AdapterSection):
+        return ADAPTER_OWNED_KEYS
+    return OWNED_KEYS | (PPO_OWNED_KEYS if issubclass(section, PpoSection) else {})
+
+
+def _unknown(key: str, fields: typing.Iterable[str], more: typing.Iterable[str] = (), and_more: str = "") -> str:
+    """`fields` are ours and listed where nothing is near; `more` are a library's, too many to list."""
+    nearest = difflib.get_close_matches(key, [*fields, *more], n=1, cutoff=0.5)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys are {', '.join(sorted(fields))}{and_more}"
     return f"unknown key `{key}`: {hint}"
+
+
+def _library_type(hint: Any) -> TypeAdapter[Any]:
+    """The checker of a library's type: true is not a number, and infinity is not a setting."""
+    if {hint, *typing.get_args(hint)} & {int, float} and bool not in (hint, *typing.get_args(hint)):
+        hint = Annotated[hint, BeforeValidator(_no_bool)]
+    try:
+        return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
+    except PydanticUserError:  # a type that brings a configuration of its own
+        return TypeAdapter(hint)
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "a number")
+    return value
 
 
 def _hint_schema(hint: Any) -> dict[str, Any]:
@@ -442,7 +496,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], _Lines]:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{path}{line}: not valid YAML ({error.problem or error.context}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({error}).") from None
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
+    except RecursionError:
+        raise InputError(f"{path}: a section that holds itself (an alias inside its own anchor) means nothing.") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a mapping of sections is wanted, but the file holds {_kind(raw)}.")
     lines = _Lines()
@@ -485,7 +541,11 @@ def _apply_override(raw: dict[str, Any], lines: _Lines, override: str) -> None:
         if not isinstance(target, dict):
             raise InputError(f"`{override}`: `{part}` holds {_kind(target)}, not a section of keys.")
     target[parts[-1]] = written[parts[-1]]
+    for place in [place for place in lines if place[: len(parts)] == parts]:
+        del lines[place]  # what the file says below this key is replaced
     lines[parts] = f"command line, {override}"
+    for length in range(1, len(parts)):
+        lines.setdefault(parts[:length], lines[parts])
 
 
 def _resolve_paths(raw: dict[str, Any], section: type[BaseModel], folder: Path) -> None:
@@ -496,7 +556,7 @@ def _resolve_paths(raw: dict[str, Any], section: type[BaseModel], folder: Path) 
         if inner and isinstance(value, dict):
             _resolve_paths(value, inner, folder)
         elif isinstance(value, str) and (
-            _is_path(field) or (section is ModelSection and key == "base" and (folder / value).is_dir())
+            _is_path(field) or (section is ModelSection and key == "base" and (folder / Path(value).expanduser()).is_dir())
         ):
             raw[key] = str((folder / Path(value).expanduser()).resolve())
 
@@ -511,9 +571,25 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
-def _sentence(error: Any, path: Path, lines: _Lines) -> str:
-    """One pydantic error as a sentence for people."""
-    location = tuple(error["loc"])
+def _by_key(error: ValidationError) -> list[list[Any]]:
+    """Pydantic's errors, those of one key together: a value that may be of two types fails once for each of them."""
+    groups: dict[tuple[int | str, ...], list[Any]] = {}
+    for problem in error.errors():
+        location = _without_types(problem["loc"])
+        groups.setdefault(location, []).append({**problem, "loc": location})
+    # A wrong item of a list is told by its place; that the list is not of the other type too would only confuse.
+    return [group for at, group in groups.items() if not any(len(o) > len(at) > 0 and o[: len(at)] == at for o in groups)]
+
+
+def _without_types(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A pydantic location without the type names it puts behind the key of a union: `str`, `list[str]`."""
+    return tuple(part for part in location if part not in ("str", "list[str]"))
+
+
+def _sentence(errors: list[Any], path: Path, lines: _Lines) -> str:
+    """What is wrong with one key as a sentence for people."""
+    error = errors[0]
+    location = error["loc"]
     name = ".".join(str(part) for part in location)
     where = lines.of(location, str(path))
     if error["type"] == "extra_forbidden":
@@ -521,15 +597,24 @@ def _sentence(error: Any, path: Path, lines: _Lines) -> str:
         for part in location[:-1]:
             section = _section_type(section.model_fields[str(part)].annotation) or section
         message = _unknown(str(location[-1]), section.model_fields)
-        return f"{where}: {message}" if len(location) == 1 else f"{where}: in `{location[0]}`, {message}"
+        return f"{where}: {message}" if len(location) == 1 else f"{where}: in `{'.'.join(map(str, location[:-1]))}`, {message}"
     if error["type"] == "value_error":
         problem = error["ctx"]["error"]
         if isinstance(problem, _KeyError):
             where = lines.of((*location, problem.key), where)
-        return f"{where}: {'in `' + name + '`, ' if name else ''}{problem}"
+            return f"{where}: in `{name}`, {problem}."
+        return f"{where}: `{name}` {problem}."
     if error["type"] == "missing":
         return f"{where}: `{name}` is missing."
-    return f"{where}: `{name}` is {error['input']!r} ({_kind(error['input'])}), but {_wanted(error)} is wanted."
+    if error["type"] == "invalid_key":
+        return f"{where}: the key {error['input']!r} is {_kind(error['input'])}, but keys are text."
+    wanted = " or ".join(dict.fromkeys(_wanted(error) for error in errors))
+    return f"{where}: `{name}` is {_shown(error['input'])}, but {wanted} is wanted."
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return "null" if value is None else f"{text if len(text) <= 80 else text[:77] + '...'} ({_kind(value)})"
 
 
 def _wanted(error: Any) -> str:
@@ -538,6 +623,12 @@ def _wanted(error: Any) -> str:
     limits = {"greater_than": "above {gt}", "greater_than_equal": "at least {ge}", "less_than": "below {lt}"}
     limits |= {"less_than_equal": "at most {le}"}
     kind = error["type"]
+    if kind == "string_pattern_mismatch":
+        return "text of letters, digits, dots, dashes and underscores that begins with a letter or a digit"
+    if kind == "too_short":
+        return f"a list of at least {context['min_length']}"
+    if kind == "finite_number":
+        return "a finite number"
     if kind in limits:
         return "a number " + limits[kind].format(**context)
     if kind in ("literal_error", "enum"):
@@ -549,4 +640,5 @@ def _wanted(error: Any) -> str:
 
 def _kind(value: Any) -> str:
     names = {bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "a section" if isinstance(value, dict) else "nothing")
+    names |= {dict: "a section", type(None): "nothing"}
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -17,6 +17,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# What a model's own generation_config.json may ask for and the section has no key for (Qwen2.5 ships a repetition
+# penalty): with it answers would come from another distribution than the one whose log-probabilities we compute.
+_NEUTRAL: dict[str, Any] = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "min_p": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "guidance_scale": None,
+    "sequence_bias": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+}
+
+
 @dataclass
 class Answer:
     """One sampled answer. `finished` says that the model stopped by itself; `ids` then end with the stop token."""
@@ -72,7 +95,7 @@ def generate_batch(
         max_new_tokens=section.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **how,
+        **(_NEUTRAL | how),
     )
     return [as_answer(row, tokenizer) for row in output_BS[:, size:].tolist()]
 

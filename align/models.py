@@ -54,7 +54,7 @@ def base_path(section: ModelSection) -> str:
         if not (folder / "config.json").is_file():
             raise InputError(f"model.base {folder} is a folder without config.json: give one in Hugging Face layout.")
         return str(folder)
-    if folder.is_absolute() or section.base.startswith("."):
+    if folder.is_absolute() or section.base.startswith((".", "~")):
         raise InputError(f"model.base {section.base} does not exist: give a folder, a hub id or `{EMBEDDED}`.")
     return section.base
 
@@ -230,14 +230,19 @@ def load_reward_model(folder: str, section: ModelSection) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     if not (Path(folder) / "adapter_config.json").is_file():
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=data_type(section), num_labels=1, output_loading_info=True
+        model, info = _load(
+            AutoModelForSequenceClassification,
+            folder,
+            section,
+            None,
+            num_labels=1,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head with several labels is refused below, with a sentence
         )
-        if info["missing_keys"]:
-            raise InputError(
-                f"{folder} has no score head ({', '.join(info['missing_keys'])} missing): train `reward` again."
-            )
-        return model.to(device())
+        lost = sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
+        if lost:
+            raise InputError(f"{folder} has no score head with one output ({', '.join(lost)}): train `reward` again.")
+        return model
     from peft import PeftConfig, PeftModel
     from safetensors import safe_open
 

@@ -43,11 +43,16 @@ def read_jsonl(path: str | Path) -> list[Record]:
     Raises:
         InputError: the file is missing, empty, not UTF-8, or a line (named by number) is not a JSON object.
     """
+    return [record for _, record in numbered_jsonl(path)]
+
+
+def numbered_jsonl(path: str | Path) -> list[tuple[int, Record]]:
+    """(line number from 1, record) of all records, in order; raises as `read_jsonl` does."""
     path = Path(path)
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {what}: give the path of a JSONL file.")
-    records = [record for _, record in iter_jsonl(path)]
+    records = list(iter_jsonl(path))
     if not records:
         raise InputError(f"{path} is empty: a JSONL file with one JSON object per line is wanted.")
     return records
@@ -72,12 +77,28 @@ def iter_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
                     f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
                     "one complete JSON object per line is wanted."
                 ) from None
+            except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+                raise InputError(f"{path}, line {number}: JSON that cannot be read ({error}).") from None
             if not isinstance(record, dict):
                 raise InputError(
                     f"{path}, line {number}: a JSON {type(record).__name__}, but an object like "
                     '{"prompt": ...} is wanted on every line.'
                 )
+            if "\\ud" in line.lower() and not _is_text(json.dumps(record, ensure_ascii=False)):
+                raise InputError(
+                    f"{path}, line {number}: holds half of a character (a lone \\ud800 to \\udfff escape); write the "
+                    "whole character instead."
+                )
             yield number, record
+
+
+def _is_text(text: str) -> bool:
+    """False for text with half of a surrogate pair, which JSON can spell but no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:

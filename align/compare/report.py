@@ -145,7 +145,7 @@ def terminal_table(report: Report) -> list[list[str]]:
     """The table of models as rows of strings, the heading first; only win rates keep their intervals, to fit a line."""
     columns, rows = _table(report)
     heading = ["Model", *(column.title for column in columns)]
-    return [heading] + [[row.name, *(_one_line(c) if c.standing else c.text for c in row.cells)] for row in rows]
+    return [heading] + [[row.name, *(_one_line(c) if c.mark else c.text for c in row.cells)] for row in rows]
 
 
 # The table: built once, shown three ways.

@@ -20,8 +20,8 @@ from reward.records import (
     Record,
     answer_text,
     assistant_answer,
+    numbered_jsonl,
     prompt_id,
-    read_jsonl,
     split_of,
     user_prompt,
 )
@@ -207,16 +207,22 @@ def only(split: str, records: Sequence[Record], what: str) -> list[Record]:
 
 
 def _rows(path: str | Path, max_rows: int | None) -> list[tuple[int, Record]]:
-    # Line numbers are those of non-blank lines; blank lines are rare enough not to carry them through.
-    return list(enumerate(read_jsonl(path), start=1))[:max_rows]
+    rows = numbered_jsonl(path)[:max_rows]
+    for number, row in rows:
+        if row.get("split", "train") not in ("train", "test"):
+            raise InputError(f"{path}, line {number}: split is {row['split']!r}, but train or test is wanted.")
+    return rows
 
 
 def _with_sides(loaded: Loaded, test_share: float) -> Loaded:
-    for number, record in enumerate(loaded.records, start=1):
-        side = record.get("split", split_of(record["prompt"], test_share))
-        if side not in ("train", "test"):
-            raise InputError(f"{loaded.path}, record {number}: split is {side!r}, but train or test is wanted.")
-        record["split"] = side
+    sides: dict[str, str] = {}
+    for record in loaded.records:
+        side = record.setdefault("split", split_of(record["prompt"], test_share))
+        if sides.setdefault(prompt_id(record["prompt"]), side) != side:
+            raise InputError(
+                f"{loaded.path}: the prompt {_short(record['prompt'][-1]['content'])} is on the train side in one row "
+                "and on the test side in another: give all rows of a prompt the same split."
+            )
     if not loaded.records:
         raise InputError(f"{loaded.path}: no row is left ({loaded.sentence()}).")
     return loaded
@@ -278,7 +284,8 @@ def _from_instruction(row: Record, where: str) -> Record:
 
 
 def _instruction_prompt(row: Record, where: str) -> list[Message]:
-    instruction, extra = _text(row, "instruction", where).strip(), (row.get("input") or "").strip()
+    instruction = _text(row, "instruction", where).strip()
+    extra = "" if row.get("input") is None else _text(row, "input", where).strip()
     if not instruction:
         raise InputError(f"{where}: the instruction is empty; give it some text or remove the row.")
     return user_prompt(f"{instruction}\n\n{extra}" if extra else instruction)
@@ -297,6 +304,10 @@ def _dialogue(row: Record, column: str, where: str) -> list[Message]:
             raise InputError(
                 f"{where}: `{column}` is text without a prompt: wanted are a `prompt` column beside it, or turns that "
                 "begin with Human: and Assistant:."
+            )
+        if parts[0].strip():
+            raise InputError(
+                f"{where}: `{column}` has text before its first turn, {_short(parts[0].strip())}: begin it with Human:."
             )
         roles = {"Human": "user", "Assistant": "assistant"}
         turns = [{"role": roles[n], "content": content.strip()} for n, content in zip(names, contents, strict=True)]

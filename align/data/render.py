@@ -8,6 +8,7 @@ newline, mostly) is not part of the answer, because generation never produces it
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -32,13 +33,21 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], an
     before = prompt_ids(tokenizer, prompt)
     rendered = tokenizer.apply_chat_template([*prompt, *answer], return_dict=True)
     whole = list(rendered["input_ids"])
-    if whole[: len(before)] != before:
-        raise InputError(
-            "the chat template renders a prompt differently once an answer follows, so the answer's tokens cannot be "
-            f"told apart; at the border it writes {tokenizer.decode(before[-8:])!r} alone and "
-            f"{tokenizer.decode(whole[len(before) - 8 : len(before)])!r} with the answer. Set model.chat_template."
-        )
     tail = whole[len(before) :]
+    if whole[: len(before)] != before:
+        alone = str(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False))
+        text = str(tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))
+        if not text.startswith(alone):
+            border = len(os.path.commonprefix([alone, text]))
+            start = max(0, border - 20)
+            raise InputError(
+                "the chat template renders a prompt differently once an answer follows, so the answer's tokens cannot "
+                f"be told apart; at the border it writes {alone[start : border + 20]!r} alone and "
+                f"{text[start : border + 20]!r} with the answer. Set model.chat_template."
+            )
+        # Same text, other tokens: the answer's first characters (a newline, mostly) merged with the prompt's last
+        # token. Generation starts from the prompt's own tokens and never sees that merge, so neither does training.
+        tail = tokenizer(text[len(alone) :], add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id not in tail:
         raise InputError(
             f"the chat template writes no stop token ({tokenizer.eos_token}) after an answer, so the model would never "
