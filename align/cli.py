@@ -45,43 +45,43 @@ def run(
 
 @app.command()
 def sft(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
-    """1. Fine-tune the base on demonstrations."""
+    """Stage 1: fine-tune the base on demonstrations."""
     _stage("sft", config, overrides, force)
 
 
 @app.command()
 def sample(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
-    """2. Sample several answers to every prompt."""
+    """Stage 2: sample several answers to every prompt."""
     _stage("sample", config, overrides, force)
 
 
 @app.command()
 def label(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
-    """3. Turn comparisons, or an existing dataset, into preferences."""
+    """Stage 3: turn comparisons, or an existing dataset, into preferences."""
     _stage("label", config, overrides, force)
 
 
 @app.command()
 def reward(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
-    """4. Train the reward model on the preferences."""
+    """Stage 4: train the reward model on the preferences."""
     _stage("reward", config, overrides, force)
 
 
 @app.command()
 def dpo(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
-    """5. Align the policy on the preferences with DPO."""
+    """Stage 5: align the policy on the preferences with DPO."""
     _stage("dpo", config, overrides, force)
 
 
 @app.command()
 def ppo(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
-    """6. Align the policy against the reward model with PPO."""
+    """Stage 6: align the policy against the reward model with PPO."""
     _stage("ppo", config, overrides, force)
 
 
 @app.command()
 def compare(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
-    """7. Compare the models on held-out prompts and write the report."""
+    """Stage 7: compare the models on held-out prompts and write the report."""
     _stage("compare", config, overrides, force)
 
 
@@ -115,22 +115,24 @@ def main() -> None:
     from reward.records import InputError
 
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == 130:  # typer turns Ctrl-C into a returned exit code
+            _complain("stopped; the same command goes on from the last checkpoint.")
+        if code:
+            sys.exit(code)
         return
     except InputError as error:
         _complain(str(error))
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _complain("stopped; the same command goes on from the last checkpoint.")
-        sys.exit(130)
     except Exception as error:
         from align.runs import is_disk_full
 
         if is_disk_full(error):
             _complain("the disk is full: make room and run the same command again; it goes on where it stopped.")
         elif hasattr(error, "format_message"):  # click's own: a missing argument, an unknown option
-            _complain(f"{error.format_message()}. See `align --help`.")
+            if not sys.argv[1:]:
+                print(error.format_message(), file=sys.stderr)  # `align` alone: the table of contents
+            else:
+                _complain(f"{error.format_message().rstrip('.')}. See `align --help`.")
         else:
             raise
     sys.exit(2)

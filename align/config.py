@@ -44,7 +44,12 @@ class _Path:
     """Marks a string that is a path on disk, so that it can be resolved against the place where it was written."""
 
 
+class _PathOrName:
+    """Marks a string that is a folder where there is one of this name, and else a name (of a hub model, of a stage)."""
+
+
 FilePath = Annotated[str, _Path()]
+PathOrName = Annotated[str, _PathOrName()]
 
 # Adapter keys that the stage and its model decide.
 ADAPTER_OWNED_KEYS = {
@@ -68,6 +73,9 @@ OWNED_KEYS = {
     "assistant_only_loss": "the loss is always on answer tokens only",
     "remove_unused_columns": "the pipeline prepares the columns itself",
     "disable_tqdm": "progress is shown by the pipeline",
+    "save_strategy": "an interrupted stage resumes from checkpoints, which save_steps spaces",
+    "use_cpu": "a GPU is used where there is one (hide it with an empty CUDA_VISIBLE_DEVICES)",
+    "dataloader_pin_memory": "memory is pinned where there is a GPU",
     "model_init_kwargs": "the model is described in the `model` section",
     "deepspeed": "start the stage with `accelerate launch --config_file ...` or `--accelerate FILE`",
     "fsdp": "start the stage with `accelerate launch --config_file ...` or `--accelerate FILE`",
@@ -170,7 +178,7 @@ class EpochSection(TrainerSection):
 
 
 class ModelSection(Section):
-    base: str = Field(
+    base: PathOrName = Field(
         "smollm2-135m",
         description="The model to align: a hub id, a folder in Hugging Face layout, or the alias smollm2-135m.",
     )
@@ -220,7 +228,7 @@ class GenerationSection(Section):
 class SampleSection(GenerationSection):
     """Answers to compare: K per prompt, from one or several policies."""
 
-    policies: list[str] = Field(
+    policies: list[PathOrName] = Field(
         ["sft"], min_length=1, description="Who answers: base, sft, or the folder of a finished sft, dpo or ppo stage."
     )
     answers_per_prompt: int = Field(4, ge=2, description="Answers per prompt, shared out over the policies.")
@@ -320,7 +328,7 @@ class PpoSection(TrainerSection):
 class CompareSection(GenerationSection):
     """The verdict: every model answers the same held-out prompts."""
 
-    models: list[str] = Field(
+    models: list[PathOrName] = Field(
         ["base", "sft", "dpo", "ppo"],
         description="Models compared, the first is the one to beat; those whose stage is not in `stages` are left out.",
     )
@@ -339,7 +347,9 @@ class Config(Section):
     """One pipeline."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the folder under `runs`.")
-    runs: FilePath = Field("runs", description="Folder that holds all run folders.")
+    runs: FilePath = Field(
+        "runs", description="Folder that holds all run folders; by default in the working directory."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every stage.")
     stages: list[StageName] = Field([*STAGES], min_length=1, description="Stages that `align run` goes through.")
     model: ModelSection = Field(default_factory=ModelSection)
@@ -380,6 +390,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         raise InputError(f"config {path} {what}: give the path of a YAML file, such as configs/quickstart.yaml.")
     raw, lines = _read_yaml(path)
     raw.setdefault("name", path.stem)
+    raw.setdefault("runs", str(Path.cwd() / "runs"))
     _resolve_paths(raw, Config, path.resolve().parent)
     for override in overrides:
         _apply_override(raw, lines, override)
@@ -427,8 +438,7 @@ def _check_extras(section: AdapterSection | TrainerSection) -> None:
             raise _KeyError(key, f"`{key}` cannot be set: {owned[key]}")
         if key not in known:
             fields = type(section).model_fields
-            settable = [name for name in known if name not in owned]
-            raise _KeyError(key, _unknown(key, fields, settable, f", and every other field of {section.config_class}"))
+            raise _KeyError(key, _unknown(key, fields, known, f", and every other field of {section.config_class}"))
         try:
             section.model_extra[key] = _library_type(known[key]).validate_python(value)
         except ValidationError as error:
@@ -497,8 +507,6 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], _Lines]:
         raise InputError(f"{path}{line}: not valid YAML ({error.problem or error.context}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
-    except RecursionError:
-        raise InputError(f"{path}: a section that holds itself (an alias inside its own anchor) means nothing.") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a mapping of sections is wanted, but the file holds {_kind(raw)}.")
     lines = _Lines()
@@ -517,7 +525,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], _Lines]:
                 walk(value, (*location, index))
 
     if node is not None:
-        walk(node, ())
+        try:
+            walk(node, ())
+        except RecursionError:
+            raise InputError(f"{path}: not valid here (an alias stands inside its own anchor).") from None
     return raw, lines
 
 
@@ -551,19 +562,35 @@ def _apply_override(raw: dict[str, Any], lines: _Lines, override: str) -> None:
 def _resolve_paths(raw: dict[str, Any], section: type[BaseModel], folder: Path) -> None:
     """Make every path in `raw` absolute, relative ones counted from `folder`."""
     for key, field in section.model_fields.items():
-        value = raw.get(key)
+        if key not in raw:
+            continue
+        value = raw[key]
         inner = _section_type(field.annotation)
         if inner and isinstance(value, dict):
             _resolve_paths(value, inner, folder)
-        elif isinstance(value, str) and (
-            _is_path(field) or (section is ModelSection and key == "base" and (folder / Path(value).expanduser()).is_dir())
-        ):
-            raw[key] = str((folder / Path(value).expanduser()).resolve())
+        elif isinstance(value, str) and _is_path(field):
+            raw[key] = _absolute(value, folder)
+        elif _is_path(field, _PathOrName):
+            found = [_absolute(v, folder) if _is_folder(v, folder) else v for v in _listed(value)]
+            raw[key] = found if isinstance(value, list) else found[0]
 
 
-def _is_path(field: FieldInfo) -> bool:
+def _absolute(path: str, folder: Path) -> str:
+    return str((folder / Path(path).expanduser()).resolve())
+
+
+def _is_folder(value: Any, folder: Path) -> bool:
+    """Whether a value that may be a name or a folder is a folder."""
+    return isinstance(value, str) and value not in ("", "base", *STAGES) and Path(_absolute(value, folder)).is_dir()
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_path(field: FieldInfo, kind: type = _Path) -> bool:
     options = [field.metadata, *(getattr(option, "__metadata__", ()) for option in typing.get_args(field.annotation))]
-    return any(isinstance(mark, _Path) for marks in options for mark in marks)
+    return any(isinstance(mark, kind) for marks in options for mark in marks)
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
@@ -575,10 +602,12 @@ def _by_key(error: ValidationError) -> list[list[Any]]:
     """Pydantic's errors, those of one key together: a value that may be of two types fails once for each of them."""
     groups: dict[tuple[int | str, ...], list[Any]] = {}
     for problem in error.errors():
-        location = _without_types(problem["loc"])
+        location = problem["loc"] if problem["type"] == "extra_forbidden" else _without_types(problem["loc"])
         groups.setdefault(location, []).append({**problem, "loc": location})
     # A wrong item of a list is told by its place; that the list is not of the other type too would only confuse.
-    return [group for at, group in groups.items() if not any(len(o) > len(at) > 0 and o[: len(at)] == at for o in groups)]
+    return [
+        group for at, group in groups.items() if not any(len(o) > len(at) > 0 and o[: len(at)] == at for o in groups)
+    ]
 
 
 def _without_types(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
@@ -597,12 +626,16 @@ def _sentence(errors: list[Any], path: Path, lines: _Lines) -> str:
         for part in location[:-1]:
             section = _section_type(section.model_fields[str(part)].annotation) or section
         message = _unknown(str(location[-1]), section.model_fields)
-        return f"{where}: {message}" if len(location) == 1 else f"{where}: in `{'.'.join(map(str, location[:-1]))}`, {message}"
+        return (
+            f"{where}: {message}"
+            if len(location) == 1
+            else f"{where}: in `{'.'.join(map(str, location[:-1]))}`, {message}"
+        )
     if error["type"] == "value_error":
         problem = error["ctx"]["error"]
         if isinstance(problem, _KeyError):
             where = lines.of((*location, problem.key), where)
-            return f"{where}: in `{name}`, {problem}."
+            return f"{where}: in `{name}`, {problem}{'' if str(problem).endswith('?') else '.'}"
         return f"{where}: `{name}` {problem}."
     if error["type"] == "missing":
         return f"{where}: `{name}` is missing."

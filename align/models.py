@@ -98,28 +98,33 @@ def load_causal_lm(path: str, section: ModelSection, dtype: torch.dtype | None =
     """A causal language model in `dtype` (default: `data_type`), on the device this process owns."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path, section, dtype)
+    return _load(AutoModelForCausalLM, path, section, dtype)[0]
 
 
 def load_reward_base(path: str, section: ModelSection, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The same base with a freshly initialised scalar score head (`num_labels=1`), to be trained or overwritten."""
     from transformers import AutoModelForSequenceClassification
 
-    return _load(AutoModelForSequenceClassification, path, section, dtype, num_labels=1)
+    return _load(AutoModelForSequenceClassification, path, section, dtype, num_labels=1)[0]
 
 
 def _load(
     auto_class: Any, path: str, section: ModelSection, dtype: torch.dtype | None, **extra: Any
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and which of its weights were missing or of another shape in the folder."""
     if section.attn_implementation:
         extra["attn_implementation"] = section.attn_implementation
     try:
-        model = auto_class.from_pretrained(
-            path, dtype=dtype or data_type(section), trust_remote_code=section.trust_remote_code, **extra
+        model, info = auto_class.from_pretrained(
+            path,
+            dtype=dtype or data_type(section),
+            trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
+            **extra,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the model {path}: {_first_line(error)}") from error
-    return model.to(device())
+    return model.to(device()), info
 
 
 def device() -> torch.device:
@@ -230,14 +235,9 @@ def load_reward_model(folder: str, section: ModelSection) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     if not (Path(folder) / "adapter_config.json").is_file():
+        # A head with several outputs is let through here and refused below, with a sentence.
         model, info = _load(
-            AutoModelForSequenceClassification,
-            folder,
-            section,
-            None,
-            num_labels=1,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a head with several labels is refused below, with a sentence
+            AutoModelForSequenceClassification, folder, section, None, num_labels=1, ignore_mismatched_sizes=True
         )
         lost = sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
         if lost:

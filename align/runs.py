@@ -39,6 +39,8 @@ from reward.records import InputError, Record, digest, file_digest, write_atomic
 # Scratch of a stage (checkpoints, partial outputs): kept while it runs, removed when it is done.
 WORK = "work"
 _NOT_OUTPUT = {"DONE", "run.json", "config.yaml", ".lock", WORK}
+# What every run.json holds from the first moment on.
+_INFO_KEYS = {"stage", "inputs", "parents", "data", "started_at", "starts", "seconds", "simulated_labels"}
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "tokenizers", "numpy")
 
 
@@ -54,6 +56,7 @@ class Run:
     resuming: bool = False
     info: dict[str, Any] = field(default_factory=dict)
     writer: bool = True  # False on every process but the first: it reads, it never writes
+    watch: _Watch | None = None
 
     @property
     def work(self) -> Path:
@@ -66,11 +69,19 @@ class Run:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
 
+    def measure(self) -> None:
+        """Add the time and memory used since the last call to the record."""
+        if self.watch:
+            self.info["seconds"] = round(self.info["seconds"] + self.watch.lap(), 1)
+            self.info["peak_memory_gib"] = max(self.info["peak_memory_gib"], self.watch.peak_gib)
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Record the summary, remove the scratch folder and write DONE, in this order."""
         if not self.writer:
             return
         self.info |= {"status": "done", "summary": summary, "finished_at": _now()}
+        self.info.pop("error", None)
+        self.measure()
         write_json(self.folder / "run.json", self.info)
         if self.work.exists():
             shutil.rmtree(self.work)
@@ -122,35 +133,37 @@ def open_run(
         except BlockingIOError:
             raise InputError(f"{folder} is in use by another process; wait for it or choose another `name`.") from None
         previous = read_info(folder)
+        if previous is None and is_done(folder) and not force:
+            raise InputError(f"{folder} has lost its run.json: remove the folder, or pass --force to redo the stage.")
+        # People's labels are never removed: a label database goes only if it is known to be simulated.
+        keep = "" if previous and previous["simulated_labels"] else "labels.sqlite"
         if previous and force and not (is_done(folder) and previous["inputs"] == inputs):
-            _clear(folder)
             previous = None
         if previous and previous["inputs"] != inputs:
             raise InputError(_what_changed(folder, previous["inputs"], inputs))
+        if previous is None:
+            _clear(folder, keep)
         run.finished = is_done(folder)
         if run.finished:
             run.info = previous or {}
             yield run
             return
-        if previous is None:
-            _clear(folder)
         run.resuming = previous is not None
         run.work.mkdir(exist_ok=True)
         write_atomically(folder / "config.yaml", config_yaml)
         run.info = _describe(run, parents or {}, previous, labels_simulated)
         write_json(folder / "run.json", run.info)
-        with _Watch() as watch:
+        with _Watch() as run.watch:
             try:
                 yield run
             except BaseException as error:
-                run.info |= {"status": "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"}
-                run.info |= {"error": f"{type(error).__name__}: {error}"[:2000]}
+                if not run.finished:  # nothing is written after DONE
+                    run.info |= {"status": "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"}
+                    run.info |= {"error": f"{type(error).__name__}: {error}"[:2000]}
+                    run.measure()
+                    with contextlib.suppress(OSError):  # the error on its way out matters more than a full disk here
+                        write_json(folder / "run.json", run.info)
                 raise
-            finally:
-                run.info |= {"seconds": run.info["seconds"] + watch.seconds}
-                run.info["peak_memory_gib"] = max(run.info["peak_memory_gib"], watch.peak_gib)
-                with contextlib.suppress(OSError):  # the error on its way out matters more than a full disk here
-                    write_json(folder / "run.json", run.info)
 
 
 def is_done(folder: Path) -> bool:
@@ -167,7 +180,10 @@ def done_digest(folder: Path) -> str:
         stage = folder.name.partition("-")[2] or folder.name
         state = "has not finished (there is no DONE in it)" if folder.exists() else "does not exist"
         raise InputError(f"{folder} {state}: run `align {stage} CONFIG` first, or `align run CONFIG` for all stages.")
-    return str(json.loads((folder / "DONE").read_text())["digest"])
+    try:
+        return str(json.loads((folder / "DONE").read_text("utf-8"))["digest"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder / 'DONE'} is damaged: remove the folder {folder} and run the stage again.") from None
 
 
 def read_info(folder: Path) -> dict[str, Any] | None:
@@ -176,9 +192,12 @@ def read_info(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError:
-        raise InputError(f"{path} is damaged: remove the folder {folder} and run the stage again.") from None
+        info = json.loads(path.read_text("utf-8"))
+    except ValueError:  # not JSON, or not even text
+        info = None
+    if not isinstance(info, dict) or not info.keys() >= _INFO_KEYS:
+        raise InputError(f"{path} is damaged: remove the folder {folder} and run the stage again.")
+    return info
 
 
 def lineage(folder: Path) -> list[dict[str, Any]]:
@@ -200,12 +219,13 @@ def lineage(folder: Path) -> list[dict[str, Any]]:
                 "simulated_labels": info["simulated_labels"],
             }
             entry["parents"] = [visit(Path(parent["folder"])) for parent in info["parents"].values()]
+            stale = []
             for parent in info["parents"].values():
                 now = done_digest(Path(parent["folder"])) if is_done(Path(parent["folder"])) else "not finished"
                 if now != parent["digest"]:
-                    entry["stale"] = (
-                        f"{parent['folder']} has changed since (was {parent['digest'][:12]}, is {now[:12]})"
-                    )
+                    stale.append(f"{parent['folder']} has changed since (was {parent['digest'][:12]}, is {now[:12]})")
+            if stale:
+                entry["stale"] = "; ".join(stale)
         return str(chain[key]["stage"])
 
     visit(folder)
@@ -238,8 +258,10 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def _what_changed(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> str:
-    keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
-    changes = "; ".join(f"{key}: was {_short(was.get(key))}, is {_short(now.get(key))}" for key in keys[:8])
+    keys = [key for key in {**was, **now} if was.get(key, _NOT_SET) != now.get(key, _NOT_SET)]
+    changes = "; ".join(
+        f"{key}: was {_short(was.get(key, _NOT_SET))}, is {_short(now.get(key, _NOT_SET))}" for key in keys[:8]
+    )
     more = f"; and {len(keys) - 8} more" if len(keys) > 8 else ""
     state = "finished" if is_done(folder) else "begun"
     return (
@@ -247,16 +269,22 @@ def _what_changed(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> str
     )
 
 
+_NOT_SET = "not set"
+
+
 def _short(value: Any) -> str:
-    text = "not set" if value is None else str(value)
+    text = "null" if value is None else str(value)
     return text[:12] if len(text) == 64 else text[:60]
 
 
-def _clear(folder: Path) -> None:
-    """Remove everything but the lock, DONE first, so that a kill in between leaves no folder that lies."""
+def _clear(folder: Path, keep: str = "") -> None:
+    """Remove everything but the lock and files that begin with `keep` (a database and its journals).
+
+    DONE goes first, so that a kill in between leaves no folder that lies.
+    """
     (folder / "DONE").unlink(missing_ok=True)
     for path in folder.iterdir():
-        if path.name == ".lock":
+        if path.name == ".lock" or (keep and path.name.startswith(keep)):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -326,7 +354,7 @@ class _Watch:
     """Wall time and peak resident memory of a block, sampled twice a second (GiB, this process only)."""
 
     def __enter__(self) -> _Watch:
-        self.started, self.peak_gib = time.monotonic(), 0.0
+        self.started, self.peak_gib = time.monotonic(), round(psutil.Process().memory_info().rss / 2**30, 3)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -336,9 +364,10 @@ class _Watch:
         self._stop.set()
         self._thread.join()
 
-    @property
-    def seconds(self) -> float:
-        return round(time.monotonic() - self.started, 1)
+    def lap(self) -> float:
+        """Seconds since the start or the last lap."""
+        last, self.started = self.started, time.monotonic()
+        return self.started - last
 
     def _sample(self) -> None:
         process = psutil.Process()

@@ -82,6 +82,9 @@ def run_sft(config: Config, run: Run) -> dict[str, Any]:
             if target.exists():
                 shutil.rmtree(target)
             model = models.merged(model)
+            # Sequence classifiers find the last token by the config's padding token; it has to be the tokenizer's.
+            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
             model.save_pretrained(target)
         else:
             model = models.load_causal_lm(str(target), config.model)

@@ -30,7 +30,7 @@ def score(
     """
     if model.config.num_labels != 1:
         raise ValueError(f"a reward model has one label, but this one has {model.config.num_labels}: train it with 1.")
-    # The classifier looks for the last token that is not its config's padding token, whatever the rows were padded with.
+    # The classifier reads the last token that is not its config's padding token, whatever the rows are padded with.
     model.config.get_text_config().pad_token_id = pad_id
     model.eval()
     device = next(model.parameters()).device

@@ -8,7 +8,6 @@ newline, mostly) is not part of the answer, because generation never produces it
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -38,7 +37,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], an
         alone = str(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False))
         text = str(tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))
         if not text.startswith(alone):
-            border = len(os.path.commonprefix([alone, text]))
+            border = next((i for i, (a, b) in enumerate(zip(alone, text, strict=False)) if a != b), len(text))
             start = max(0, border - 20)
             raise InputError(
                 "the chat template renders a prompt differently once an answer follows, so the answer's tokens cannot "

@@ -120,15 +120,16 @@ class Cast:
             assert name is None
             yield
             return
-        if name is None:
-            with self.frozen.disable_adapter():
-                yield
-            return
         active = self.frozen.active_adapter
-        self.frozen.set_adapter(name)
         try:
-            yield
+            if name is None:
+                with self.frozen.disable_adapter():
+                    yield
+            else:
+                self.frozen.set_adapter(name)
+                yield
         finally:
+            # PEFT marks whatever adapter is active as trainable.
             self.frozen.set_adapter(active)
             if self.frozen is not self.trained.policy:
                 self.frozen.requires_grad_(False)

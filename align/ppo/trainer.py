@@ -203,7 +203,8 @@ class PPOTrainer(Trainer):
 
     def _note(self, figures: dict[str, Any]) -> None:
         for name, value in figures.items():
-            self._figures.setdefault(name, []).append(float(value))
+            plain = float(value.detach() if isinstance(value, Tensor) else value)
+            self._figures.setdefault(name, []).append(plain)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log with the means of what was noted since the last one (of this process's losses; figures
