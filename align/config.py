@@ -79,6 +79,9 @@ OWNED_KEYS = {
     "model_init_kwargs": "the model is described in the `model` section",
     "deepspeed": "start the stage with `accelerate launch --config_file ...` or `--accelerate FILE`",
     "fsdp": "start the stage with `accelerate launch --config_file ...` or `--accelerate FILE`",
+    "eval_strategy": "held-out figures are measured once, at the end of the stage",
+    "do_eval": "held-out figures are measured once, at the end of the stage",
+    "load_best_model_at_end": "held-out prompts choose no checkpoint",
     "push_to_hub": "push the finished run folder with `hf upload` instead",
     "resume_from_checkpoint": "an interrupted stage resumes by itself when it is started again",
 }

@@ -27,14 +27,15 @@ def run_dpo(config: Config, run: Run) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(base, config.model)
     train, test, summary = preference_rows(config, run, tokenizer, section.max_length)
     set_seed(config.seed)
-    trainer = DPOTrainer(
-        model=models.load_causal_lm(base, config.model),
-        ref_model=None if section.adapter else models.load_causal_lm(base, config.model),
-        args=training.trainer_arguments(config, section, run),
-        train_dataset=Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in train]),
-        processing_class=tokenizer,
-        peft_config=models.lora_config(section.adapter, "CAUSAL_LM") if section.adapter else None,
-    )
+    with training.refused_settings(run.stage):
+        trainer = DPOTrainer(
+            model=models.load_causal_lm(base, config.model),
+            ref_model=None if section.adapter else models.load_causal_lm(base, config.model),
+            args=training.trainer_arguments(config, section, run),
+            train_dataset=Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in train]),
+            processing_class=tokenizer,
+            peft_config=models.lora_config(section.adapter, "CAUSAL_LM") if section.adapter else None,
+        )
     closing = training.train(trainer, run)
     target = run.folder / "model"
     trainer.save_model(str(target))

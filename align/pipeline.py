@@ -151,6 +151,8 @@ def stage_inputs(config: Config, name: str) -> dict[str, Any]:
         if not Path(path).is_file():
             raise InputError(f"data.{key}: {path} does not exist: give the path of a JSONL file.")
         inputs[f"file {path}"] = file_digest(path)
+    if name == "label" and config.label.source == "people":
+        inputs |= labels_digest(config)
     if "sft" not in stage.parents(config) and name != "label":
         for weights in sorted(Path(config.model.base).glob("*.safetensors")):
             inputs[f"file {weights}"] = file_digest(weights)
@@ -194,4 +196,5 @@ def _launch(config: Config, name: str, force: bool, accelerate: Path) -> None:
         command = [*launcher, "-m", "align", name, file.name, *(["--force"] if force else [])]
         code = subprocess.run(command, check=False).returncode
     if code:
-        raise InputError(f"{name} ended with exit code {code} under accelerate launch; what went wrong is said above.")
+        progress.say(f"{name} ended with exit code {code} under accelerate launch; what went wrong is said above.")
+        sys.exit(code if code in (2, 130) else 1)

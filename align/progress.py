@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 # Seconds between two lines where no bar can be drawn (a log file, a cluster's output).
 LINE_EVERY = 30.0
@@ -57,7 +57,7 @@ def bar(what: str, total: int) -> Iterator[Report]:
 
 def duration(seconds: float) -> str:
     """12.3 s, 4 min 05 s, 2 h 07 min."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
@@ -75,5 +75,5 @@ def table(rows: list[list[str]]) -> None:
     for row in rows[1:]:
         drawn.add_row(*row)
     # A file or a pipe has no width of its own; 160 columns keep every figure whole.
-    wide = console if console.is_terminal else Console(stderr=True, highlight=False, width=160)
+    wide = console if console.is_terminal else Console(stderr=True, highlight=False, width=160, emoji=False)
     wide.print(drawn, markup=False)

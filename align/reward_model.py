@@ -32,15 +32,17 @@ def run_reward(config: Config, run: Run) -> dict[str, Any]:
         raise InputError("reward.margin is true, but the preferences carry no margins: set it to false.")
 
     set_seed(config.seed)
-    adapter = models.lora_config(section.adapter, "SEQ_CLS", modules_to_save=["score"]) if section.adapter else None
-    trainer = reward_trainer(
-        models.load_reward_base(base, config.model),
-        tokenizer,
-        train,
-        training.trainer_arguments(config, section, run),
-        adapter,
-        margin=section.margin,
-    )
+    with training.refused_settings(run.stage):
+        # PEFT keeps what is in modules_to_save whole: the score head must be among it, or it is lost on reload.
+        keep = sorted({*((section.adapter.model_extra or {}).get("modules_to_save") or []), "score"} if section.adapter else ())
+        trainer = reward_trainer(
+            models.load_reward_base(base, config.model),
+            tokenizer,
+            train,
+            training.trainer_arguments(config, section, run),
+            models.lora_config(section.adapter, "SEQ_CLS", modules_to_save=keep) if section.adapter else None,
+            margin=section.margin,
+        )
     closing = training.train(trainer, run)
     target = run.folder / "model"
     trainer.save_model(str(target))

@@ -50,10 +50,23 @@ def trainer_arguments(config: Config, section: TrainerSection, run: Run, **own: 
         "dataloader_pin_memory": gpu,
         **own,
     }
-    try:
+    with refused_settings(run.stage):
         return config_class(**arguments)
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"{run.stage}: the trainer refuses its settings: {error}") from error
+
+
+@contextlib.contextmanager
+def refused_settings(stage: str) -> Iterator[None]:
+    """Around the building of a trainer: what the libraries refuse there is a setting, so it is the user's to mend.
+
+    Raises:
+        InputError: in place of the libraries' own errors.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, ImportError, KeyError) as error:
+        raise InputError(f"{stage}: the trainer refuses its settings: {error}") from error
 
 
 def train(trainer: Trainer, run: Run) -> dict[str, float]:

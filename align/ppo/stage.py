@@ -41,9 +41,10 @@ def run_ppo(config: Config, run: Run) -> dict[str, Any]:
     if run.writer:
         write_jsonl(run.folder / "dropped.jsonl", [{"reason": "prompt too long", "record": r} for r in too_long])
     set_seed(config.seed)
-    cast = build_cast(config, base, config.folder("reward") / "model")
-    arguments = training.trainer_arguments(config, section, run)
-    trainer = PPOTrainer(cast, arguments, [prompt_ids(tokenizer, record["prompt"]) for record in kept], tokenizer)
+    with training.refused_settings(run.stage):
+        cast = build_cast(config, base, config.folder("reward") / "model")
+        arguments = training.trainer_arguments(config, section, run)
+        trainer = PPOTrainer(cast, arguments, [prompt_ids(tokenizer, record["prompt"]) for record in kept], tokenizer)
     progress.say(
         f"  {len(kept)} prompts; {arguments.num_updates} updates of {trainer.episodes} episodes, "
         f"{section.num_ppo_epochs} passes each"
