@@ -10,6 +10,7 @@ from typing import Any
 from align import models, progress, ranks, training
 from align.compare.statistics import accuracy_interval
 from align.config import Config
+from align.heads import lean_head
 from align.logprobs import Pair, answer_logprobs
 from align.reward_model import preference_rows
 from align.runs import Run
@@ -32,10 +33,13 @@ def run_dpo(config: Config, run: Run) -> dict[str, Any]:
             model=models.load_causal_lm(base, config.model),
             ref_model=None if section.adapter else models.load_causal_lm(base, config.model),
             args=training.trainer_arguments(config, section, run),
-            train_dataset=Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in train]),
+            train_dataset=Dataset.from_list(
+                [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in train]
+            ),
             processing_class=tokenizer,
             peft_config=models.lora_config(section.adapter, "CAUSAL_LM") if section.adapter else None,
         )
+    lean_head(trainer.model)
     closing = training.train(trainer, run)
     target = run.folder / "model"
     trainer.save_model(str(target))

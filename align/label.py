@@ -26,21 +26,13 @@ def run_label(config: Config, run: Run) -> dict[str, Any]:
         return {}
     if config.label.source == "dataset":
         return _from_dataset(config, run)
-    path = Path(config.label.store) if config.label.store else run.folder / "labels.sqlite"
-    if config.label.source == "people" and not path.is_file():
-        raise InputError(
-            f"label.source is people, but there is no label database at {path}: set label.store to the labelling app's "
-            "database, or use label.source: simulated or dataset."
-        )
-    with LabelStore(path) as store:
+    with LabelStore(store_path(config)) as store:
         if config.label.source == "simulated":
             project = _simulate(config, store)
         else:
             project = store.project(config.label.project or config.name)
             if project.simulated:
-                raise InputError(
-                    f"project {project.name} in {path} holds simulated labels: set label.source: simulated."
-                )
+                raise InputError(f"project {project.name} holds simulated labels: set label.source: simulated.")
             if (count := store.count_labels(project)) < config.label.min_labels:
                 raise InputError(
                     f"project {project.name} has {count} labels, label.min_labels wants {config.label.min_labels}."
@@ -54,6 +46,28 @@ def run_label(config: Config, run: Run) -> dict[str, Any]:
         "identical": found.identical,
         "unlabelled": found.unlabelled,
     }
+
+
+def store_path(config: Config) -> Path:
+    """The label database.
+
+    Raises:
+        InputError: labels should come from people, but there is no database.
+    """
+    path = Path(config.label.store) if config.label.store else config.folder("label") / "labels.sqlite"
+    if config.label.source == "people" and not path.is_file():
+        raise InputError(
+            f"label.source is people, but there is no label database at {path}: set label.store to the labelling app's "
+            "database, or use label.source: simulated or dataset."
+        )
+    return path
+
+
+def labels_digest(config: Config) -> dict[str, Any]:
+    """People's labels as an input of the stage: new labels in the database make a new stage."""
+    with LabelStore(store_path(config)) as store:
+        project = store.project(config.label.project or config.name)
+        return {"labels": store.count_labels(project), "labels_digest": store.digest(project)}
 
 
 def _simulate(config: Config, store: LabelStore) -> Any:

@@ -152,7 +152,7 @@ def stage_inputs(config: Config, name: str) -> dict[str, Any]:
             raise InputError(f"data.{key}: {path} does not exist: give the path of a JSONL file.")
         inputs[f"file {path}"] = file_digest(path)
     if name == "label" and config.label.source == "people":
-        inputs |= labels_digest(config)
+        inputs |= importlib.import_module("align.label").labels_digest(config)
     if "sft" not in stage.parents(config) and name != "label":
         for weights in sorted(Path(config.model.base).glob("*.safetensors")):
             inputs[f"file {weights}"] = file_digest(weights)

@@ -34,7 +34,9 @@ def run_reward(config: Config, run: Run) -> dict[str, Any]:
     set_seed(config.seed)
     with training.refused_settings(run.stage):
         # PEFT keeps what is in modules_to_save whole: the score head must be among it, or it is lost on reload.
-        keep = sorted({*((section.adapter.model_extra or {}).get("modules_to_save") or []), "score"} if section.adapter else ())
+        keep = sorted(
+            {*((section.adapter.model_extra or {}).get("modules_to_save") or []), "score"} if section.adapter else ()
+        )
         trainer = reward_trainer(
             models.load_reward_base(base, config.model),
             tokenizer,

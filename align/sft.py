@@ -14,6 +14,7 @@ from align import models, progress, ranks, training
 from align.config import Config
 from align.data.load import load_demonstrations, only
 from align.data.render import answer_ids, demonstration_row, fit, prompt_ids
+from align.heads import lean_head
 from align.logprobs import Pair, answer_logprobs
 from align.runs import Run, free_space
 from reward.records import InputError, Record, write_jsonl
@@ -58,13 +59,15 @@ def run_sft(config: Config, run: Run) -> dict[str, Any]:
     model = models.load_causal_lm(base, config.model)
     before = held_out_loss(model, held_out, tokenizer.pad_token_id, "before") if ranks.is_first() else math.nan
     ranks.wait()
-    trainer = SFTTrainer(
-        model=model,
-        args=training.trainer_arguments(config, section, run),
-        train_dataset=Dataset.from_list([record["_row"] for record in train]),
-        processing_class=tokenizer,
-        peft_config=models.lora_config(section.adapter, "CAUSAL_LM") if section.adapter else None,
-    )
+    with training.refused_settings(run.stage):
+        trainer = SFTTrainer(
+            model=model,
+            args=training.trainer_arguments(config, section, run),
+            train_dataset=Dataset.from_list([record["_row"] for record in train]),
+            processing_class=tokenizer,
+            peft_config=models.lora_config(section.adapter, "CAUSAL_LM") if section.adapter else None,
+        )
+    lean_head(trainer.model)
     closing = training.train(trainer, run)
 
     # The merged model is built from what was saved, not from what is in memory: under ZeRO no process holds it whole.

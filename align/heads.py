@@ -1,0 +1,77 @@
+"""A lean vocabulary head under TRL's trainers, for CPUs.
+
+TRL 1.16 asks the model for per-token log-probabilities (`fused_lm_head=True`) instead of logits. On a GPU its kernels
+project only the labelled positions; elsewhere it projects every position, prompts included, in tiles that are computed
+again in the backward pass. This head projects the labelled positions only, and keeps their logits when they are few.
+The numbers are the same; a test holds them against TRL's own.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from align.logprobs import base_model, vocabulary_logits
+from align.ppo.maths import token_entropy, token_logprobs
+
+# Labelled positions whose logits are held at a time; beyond it, tiles are computed again in the backward pass.
+TILE = 2048
+
+
+def lean_head(model: Any) -> None:
+    """Replace TRL's head on `model` (a causal LM, adapted or not), which must lie on a CPU; elsewhere do nothing.
+
+    Call it after the trainer is built. Calls without `fused_lm_head=True` reach the model as before.
+    """
+    model = base_model(model)
+    if next(model.parameters()).device.type != "cpu":
+        return
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    trl_forward = model.forward
+
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        routed = getattr(self.config, "output_router_logits", False)
+        if not fused_lm_head or labels is None or routed or "shift_labels" in kwargs:
+            return trl_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        items = kwargs.pop("num_items_in_batch", None)
+        kwargs["use_cache"] = False
+        hidden_BSH = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        labels_BS = labels[:, 1:]
+        answer_BS = labels_BS != -100
+        per_token = _by_tiles(self, hidden_BSH[answer_BS], labels_BS[answer_BS])
+        # masked_scatter keeps the graph connected when no position is labelled.
+        log_probs, entropy, mean_logits, is_top1 = (
+            values_N.new_zeros(answer_BS.shape).masked_scatter(answer_BS, values_N) for values_N in per_token
+        )
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / (answer_BS.sum().clamp(min=1) if items is None else items),
+            log_probs=log_probs,
+            entropy=entropy,
+            mean_logits=mean_logits,
+            is_top1=is_top1,
+            label_mask=answer_BS,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _by_tiles(model: Any, hidden_NH: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
+    """(logprobs, entropy, mean logit, label is the likeliest token), each N; only the first has a gradient."""
+
+    def tile(hidden_NH: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
+        logits_NV = vocabulary_logits(model, hidden_NH)
+        with torch.no_grad():
+            entropy_N, mean_N = token_entropy(logits_NV, 1.0), logits_NV.mean(-1)
+            top_N = logits_NV.argmax(-1) == labels_N
+        return token_logprobs(logits_NV, labels_N, 1.0), entropy_N, mean_N, top_N
+
+    if len(labels_N) <= TILE:
+        return tile(hidden_NH, labels_N)
+    tiles = zip(hidden_NH.split(TILE), labels_N.split(TILE), strict=True)
+    parts = [checkpoint(tile, hidden, labels, use_reentrant=False) for hidden, labels in tiles]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
