@@ -39,7 +39,8 @@ def run_dpo(config: Config, run: Run) -> dict[str, Any]:
             processing_class=tokenizer,
             peft_config=models.lora_config(section.adapter, "CAUSAL_LM") if section.adapter else None,
         )
-    lean_head(trainer.model)
+    if not section.model_dump().get("use_weighting"):  # WPO needs a figure that only TRL's own head computes
+        lean_head(trainer.model)
     closing = training.train(trainer, run)
     target = run.folder / "model"
     trainer.save_model(str(target))

@@ -34,9 +34,8 @@ def run_reward(config: Config, run: Run) -> dict[str, Any]:
     set_seed(config.seed)
     with training.refused_settings(run.stage):
         # PEFT keeps what is in modules_to_save whole: the score head must be among it, or it is lost on reload.
-        keep = sorted(
-            {*((section.adapter.model_extra or {}).get("modules_to_save") or []), "score"} if section.adapter else ()
-        )
+        extras = (section.adapter.model_extra if section.adapter else None) or {}
+        keep = sorted({*(extras.get("modules_to_save") or []), "score"})
         trainer = reward_trainer(
             models.load_reward_base(base, config.model),
             tokenizer,

@@ -157,7 +157,7 @@ def test_saving_and_loading_gives_the_same_policy_and_value(
 
 
 class CountingCast(Cast):
-    """A real policy with a verifiable reward in place of a learned one: the share of vowels among an answer's tokens."""
+    """A real policy with a verifiable reward in place of a learned one: the share of vowel-ending tokens."""
 
     vowels: Tensor
 
@@ -350,7 +350,7 @@ def test_too_few_prompts_are_refused_with_the_numbers(tiny_model: Path, tokenize
 
 def test_every_prompt_comes_once_a_lap_and_laps_differ(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model, tokenizer, tmp_path, total_episodes=48)
-    laps = [sorted(map(tuple, sum((trainer.update_prompts(u) for u in us), []))) for us in ((0, 1, 2), (3, 4, 5))]
+    laps = [sorted(tuple(p) for u in us for p in trainer.update_prompts(u)) for us in ((0, 1, 2), (3, 4, 5))]
     assert laps[0] == laps[1] == sorted(map(tuple, trainer.prompts))
     assert trainer.update_prompts(0) != trainer.update_prompts(3)
 

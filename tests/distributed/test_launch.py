@@ -1,0 +1,107 @@
+"""Stages under `accelerate launch` with two real CPU processes: DeepSpeed ZeRO-2 and plain data parallel."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from align.config import Config, load_config
+from align.pipeline import run_stage
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CONFIG = """
+name: launched
+runs: {runs}
+stages: [label, reward, dpo, ppo]
+model: {{base: {model}}}
+data: {{preferences: {preferences}}}
+label: {{source: dataset}}
+reward: {{max_steps: 4, per_device_train_batch_size: 4, learning_rate: 1.0e-2}}
+dpo: {{max_steps: 4, per_device_train_batch_size: 4, learning_rate: 1.0e-2}}
+ppo: {{total_episodes: 16, per_device_train_batch_size: 4, num_ppo_epochs: 2, response_length: 8, learning_rate: 1.0e-3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline whose label stage is done: 60 pairs, polite against rude."""
+    folder = tmp_path_factory.mktemp("launched")
+    rows = [
+        {"prompt": f"What is rain? ({i})", "chosen": f"It is water, kindly {i}.", "rejected": f"Go away {i}."}
+        for i in range(60)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "launched.yaml"
+    path.write_text(CONFIG.format(runs=folder / "runs", model=tiny_model, preferences=folder / "pairs.jsonl"))
+    run_stage(load_config(path), "label")
+    return path
+
+
+def launch(pipeline: Path, stage: str, accelerate: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    command += ["--config_file", str(ROOT / "configs/accelerate" / accelerate)]
+    command += ["-m", "align", stage, str(pipeline), *overrides]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def check_adapter(config: Config, stage: str) -> None:
+    folder = config.folder(stage)
+    assert (folder / "DONE").is_file()
+    info = json.loads((folder / "run.json").read_text())
+    assert info["processes"] == 2
+    weights = load_file(folder / "model" / "adapter_model.safetensors")
+    changed = [name for name, tensor in weights.items() if "lora_B" in name and tensor.abs().max() > 0]
+    assert len(changed) == sum("lora_B" in name for name in weights) > 0
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 4  # one process writes, and all steps are there
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("accelerate", ["zero2.yaml", "cpu.yaml"])
+def test_dpo_trains_on_two_processes_and_loads_in_one(pipeline: Path, tiny_model: Path, accelerate: str) -> None:
+    override = f"name={accelerate.removesuffix('.yaml')}"
+    config = load_config(pipeline, [override])
+    run_stage(config, "label")
+    result = launch(pipeline, "dpo", accelerate, override)
+    assert result.returncode == 0, result.stderr[-3000:]
+    check_adapter(config, "dpo")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), config.folder("dpo") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(config.folder("dpo") / "model")
+    ids = tokenizer("What is rain?", return_tensors="pt").input_ids
+    adapted = model(ids).logits
+    with model.disable_adapter():
+        assert (model(ids).logits - adapted).abs().max() > 1e-3
+
+
+@pytest.mark.processes
+def test_reward_and_ppo_train_on_two_processes(pipeline: Path) -> None:
+    config = load_config(pipeline)
+    for stage in ("reward", "ppo"):
+        result = launch(pipeline, stage, "cpu.yaml")
+        assert result.returncode == 0, result.stderr[-3000:]
+        check_adapter(config, stage)
+    lines = [json.loads(line) for line in (config.folder("ppo") / "metrics.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if "objective/kl" in line]
+    assert [line["episodes"] for line in updates] == [8.0, 16.0]  # over both processes
+    assert (config.folder("ppo") / "model" / "value_head.safetensors").is_file()
+
+
+@pytest.mark.processes
+def test_wrong_input_under_a_launcher_is_one_sentence(pipeline: Path) -> None:
+    result = launch(pipeline, "dpo", "cpu.yaml", "dpo.lerning_rate=1")
+    assert result.returncode != 0
+    assert result.stderr.count("did you mean `learning_rate`?") == 1
