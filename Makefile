@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two processes of two threads each on two cores spend their time waiting for each other.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help quickstart setup test lint test-pipeline test-distributed polite clean
+.PHONY: help quickstart setup test test-pipeline clean
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'

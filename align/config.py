@@ -250,9 +250,7 @@ class LabelSection(Section):
     )
     annotators: int = Field(6, gt=0, description="Size of the simulated panel.")
     labels_per_item: int = Field(3, gt=0, description="Labels by different annotators on each pair of answers.")
-    store: FilePath | None = Field(
-        None, description="people: the label database; null: labels.sqlite in the run folder."
-    )
+    store: FilePath | None = Field(None, description="The label database; null: labels.sqlite in the run folder.")
     project: str | None = Field(
         None, description="people: the project in the label database; null: the pipeline's name."
     )
@@ -331,9 +329,10 @@ class PpoSection(TrainerSection):
 class CompareSection(GenerationSection):
     """The verdict: every model answers the same held-out prompts."""
 
-    models: list[PathOrName] = Field(
-        ["base", "sft", "dpo", "ppo"],
-        description="Models compared, the first is the one to beat; those whose stage is not in `stages` are left out.",
+    models: list[Literal["base", "sft", "dpo", "ppo"]] | None = Field(
+        None,
+        min_length=2,
+        description="Models compared, the first is the one to beat; null: the base and every policy in `stages`.",
     )
     judges: list[Literal["simulated", "reward"]] | None = Field(
         None,
@@ -371,6 +370,20 @@ class Config(Section):
         if len(set(stages)) < len(stages):
             raise ValueError(f"is {stages}, where a stage is named twice; name each of them once")
         return [stage for stage in STAGES if stage in stages]
+
+    def compared_models(self) -> list[str]:
+        """The models that compare looks at, the one to beat first.
+
+        Raises:
+            InputError: a model is named whose stage the pipeline does not have, or there are fewer than two.
+        """
+        have = ["base", *(name for name in ("sft", "dpo", "ppo") if name in self.stages)]
+        names = [*(self.compare.models or have)]
+        if missing := [name for name in names if name not in have]:
+            raise InputError(f"compare.models names {', '.join(missing)}, but the stages are {', '.join(self.stages)}.")
+        if len(set(names)) < max(2, len(names)):
+            raise InputError(f"compare needs at least two different models, but has {', '.join(names)}: add a stage.")
+        return names
 
     def folder(self, stage: str) -> Path:
         """The run folder of a stage: `runs/<name>/<n>-<stage>`."""
@@ -532,7 +545,14 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], _Lines]:
             walk(node, ())
         except RecursionError:
             raise InputError(f"{path}: not valid here (an alias stands inside its own anchor).") from None
-    return raw, lines
+    return _unshared(raw), lines
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no two keys share a mapping: overriding one use of an anchor must not change the others."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _apply_override(raw: dict[str, Any], lines: _Lines, override: str) -> None:

@@ -33,7 +33,7 @@ def data_type(section: ModelSection) -> torch.dtype:
     if section.dtype != "auto":
         return getattr(torch, section.dtype)
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
 
 

@@ -55,14 +55,19 @@ def _on_sft(*others: str) -> Callable[[Config], list[str]]:
     return lambda config: [*(["sft"] if "sft" in config.stages else []), *others]
 
 
+def _sampled(config: Config) -> list[str]:
+    sft = ["sft"] if "sft" in config.stages else []
+    return [*sft, *(policy for policy in config.sample.policies if policy not in ("base", "sft"))]
+
+
 def _compared(config: Config) -> list[str]:
-    trained = [name for name in config.compare.models if name in ("sft", "dpo", "ppo") and name in config.stages]
+    trained = [name for name in config.compared_models() if name != "base"]
     return [*trained, *(["reward"] if "reward" in config.stages else [])]
 
 
 STAGES = {
     "sft": Stage("align.sft:run_sft", lambda c: [], ["demonstrations"], trains=True),
-    "sample": Stage("align.sample:run_sample", _on_sft(), ["demonstrations", "prompts"]),
+    "sample": Stage("align.sample:run_sample", _sampled, ["demonstrations", "prompts"]),
     "label": Stage(
         "align.label:run_label", lambda c: ["sample"] if c.label.source == "simulated" else [], ["preferences"]
     ),
@@ -82,7 +87,8 @@ def run_stage(config: Config, name: str, *, force: bool = False) -> Run:
         InputError: the config, the data, a parent or the run folder is not fit for it.
     """
     stage = STAGES[name]
-    parents = {parent: config.folder(parent) for parent in stage.parents(config)}
+    # A parent is a stage of this pipeline or, among the policies to sample from, the folder of any finished run.
+    parents = {p: config.folder(p) if p in STAGES else Path(p) for p in stage.parents(config)}
     inputs = stage_inputs(config, name)
     ranks.start()
     with open_run(

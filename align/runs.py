@@ -38,7 +38,8 @@ from reward.records import InputError, Record, digest, file_digest, write_atomic
 
 # Scratch of a stage (checkpoints, partial outputs): kept while it runs, removed when it is done.
 WORK = "work"
-_NOT_OUTPUT = {"DONE", "run.json", "config.yaml", ".lock", WORK}
+# metrics.jsonl holds times: the same stage run twice would get two digests.
+_NOT_OUTPUT = {"DONE", "run.json", "config.yaml", "metrics.jsonl", ".lock", WORK}
 # What every run.json holds from the first moment on.
 _INFO_KEYS = {"stage", "inputs", "parents", "data", "started_at", "starts", "seconds", "simulated_labels"}
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "tokenizers", "numpy")

@@ -16,7 +16,7 @@ from align.config import Config
 from align.data.load import load_demonstrations, load_prompts, unique_prompts
 from align.data.render import fit, prompt_ids
 from align.generate import Partial, batches, generate
-from align.runs import Run, done_digest
+from align.runs import Run, done_digest, read_info
 from reward.records import InputError, Record, digest, write_jsonl
 
 
@@ -134,7 +134,7 @@ def policy_folder(config: Config, policy: str) -> str:
         return sft_model(config)
     folder = config.folder(policy) if policy in ("dpo", "ppo") else Path(policy)
     done_digest(folder)
-    if not (folder / "model").is_dir():
+    if (read_info(folder) or {}).get("stage") not in ("sft", "dpo", "ppo"):
         raise InputError(
             f"{folder} holds no policy: give base, sft, or the folder of a finished sft, dpo or ppo stage."
         )

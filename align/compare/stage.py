@@ -41,11 +41,7 @@ def run_compare(config: Config, run: Run) -> dict[str, Any]:
     if not ranks.is_first():
         return {}
     section = config.compare
-    names = [name for name in section.models if name == "base" or name in config.stages]
-    if len(names) < 2:
-        raise InputError(
-            f"compare has {len(names)} model(s) ({', '.join(names)}): name at least two in compare.models."
-        )
+    names = config.compared_models()
     judges = chosen_judges(config)
     tokenizer = models.load_tokenizer(sft_model(config), config.model)
     held_out = only("test", gather_prompts(config), "prompts")
@@ -214,10 +210,13 @@ def held_out_demonstrations(config: Config, tokenizer: Any) -> list[Pair]:
     if not config.data.demonstrations:
         return []
     loaded = load_demonstrations(config.data.demonstrations, config.data.test_share, config.data.max_rows)
-    rows = [record for record in loaded.records if record["split"] == "test"][: config.compare.max_prompts]
+    rows = [record for record in loaded.records if record["split"] == "test"]
     pairs = [(prompt_ids(tokenizer, r["prompt"]), answer_ids(tokenizer, r["prompt"], r["completion"])) for r in rows]
-    limit = config.compare.max_prompt_length + config.compare.max_new_tokens
-    return [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= limit]
+    limit = config.sft.max_length
+    kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= limit]
+    if len(kept) < len(pairs):
+        progress.say(f"  left out {len(pairs) - len(kept)} of {len(pairs)} demonstrations longer than {limit} tokens")
+    return kept[: config.compare.max_prompts]
 
 
 def reward_scores(config: Config, pairs: dict[str, list[Pair]], tokenizer: Any) -> dict[str, list[float]]:

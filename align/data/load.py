@@ -184,11 +184,20 @@ def conversation(value: Any, where: str) -> list[Message]:
 
 
 def unique_prompts(*groups: Iterable[Record]) -> list[Record]:
-    """`{prompt, prompt_id, split}` of all groups, each prompt once, in order of first appearance."""
+    """`{prompt, prompt_id, split}` of all groups, each prompt once, in order of first appearance.
+
+    Raises:
+        InputError: two files put one prompt on different sides.
+    """
     seen: dict[str, Record] = {}
     for record in (record for group in groups for record in group):
         key = prompt_id(record["prompt"])
-        seen.setdefault(key, {"prompt": record["prompt"], "prompt_id": key, "split": record["split"]})
+        first = seen.setdefault(key, {"prompt": record["prompt"], "prompt_id": key, "split": record["split"]})
+        if first["split"] != record["split"]:
+            raise InputError(
+                f"the prompt {_short(record['prompt'][-1]['content'])} is {first['split']} in one file and "
+                f"{record['split']} in another: give it one split, or none (the hash of the prompt then decides)."
+            )
     return list(seen.values())
 
 

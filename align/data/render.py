@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from reward.records import InputError, Message, Record, answer_text
+from reward.records import InputError, Message, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,9 +96,3 @@ def fit(
             f"all {len(records)} {what} are longer than {key}={limit} tokens (the longest has {longest}): raise {key}."
         )
     return kept, too_long
-
-
-def first_words(completion: Sequence[Message] | str, limit: int = 60) -> str:
-    """The beginning of an answer on one line, for messages."""
-    text = " ".join(answer_text(completion).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"

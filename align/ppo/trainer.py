@@ -97,6 +97,11 @@ class PPOTrainer(Trainer):
                 f"{args.gradient_accumulation_steps} x num_mini_batches {args.num_mini_batches} x {args.world_size} "
                 "processes): give more prompts or make the update smaller."
             )
+        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+            raise InputError(
+                "ppo does not run under ZeRO-3 yet, where no process holds the weights it samples with: use "
+                "configs/accelerate/zero2.yaml."
+            )
         args.max_steps = args.optimizer_steps
         self.cast, self.prompts = cast, prompts
         self.kl_coef = args.kl_coef

@@ -28,7 +28,7 @@ data: {{preferences: {preferences}}}
 label: {{source: dataset}}
 reward: {{max_steps: 4, per_device_train_batch_size: 4, learning_rate: 1.0e-2}}
 dpo: {{max_steps: 4, per_device_train_batch_size: 4, learning_rate: 1.0e-2}}
-ppo: {{total_episodes: 16, per_device_train_batch_size: 4, num_ppo_epochs: 2, response_length: 8, learning_rate: 1.0e-3}}
+ppo: {{total_episodes: 16, per_device_train_batch_size: 4, response_length: 8, learning_rate: 1.0e-3}}
 """
 
 

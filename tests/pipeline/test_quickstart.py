@@ -1,4 +1,4 @@
-"""The two promises that take minutes: the quickstart, and polite.yaml where its data is at hand. `make test-pipeline`."""
+"""The two promises that take minutes: the quickstart, and polite.yaml where its data is at hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All seven stages on a tiny model: skipping, resuming, lineage, and loading every artefact with plain library calls."""
+"""All seven stages on a tiny model: skipping, resuming, lineage, and every artefact loaded by plain calls."""
 
 from __future__ import annotations
 
@@ -155,7 +155,9 @@ def test_preferences_train_in_trl_as_they_are(config: Config, tmp_path: Path) ->
     path = config.folder("label") / "preferences.jsonl"
     dataset: Dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     tokenizer, _ = ids_of(config.folder("sft") / "model")
-    arguments = DPOConfig(str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to="none", bf16=False, use_cpu=True)
+    arguments = DPOConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to="none", bf16=False, use_cpu=True
+    )
     model = AutoModelForCausalLM.from_pretrained(config.folder("sft") / "model")
     result = DPOTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer).train()
     assert result.metrics["train_loss"] == pytest.approx(0.6931, abs=1e-3)  # log 2 at initialisation
@@ -171,7 +173,7 @@ def test_the_report_is_there_and_loud_about_simulation(config: Config) -> None:
     assert "simulated" in html and "<svg" in html and "http-equiv" in html
 
 
-# -- stopping and going on -------------------------------------------------------------------------------------------------
+# -- stopping and going on -------------------------------------------------------------------------------------------
 
 
 class Stopped(Exception):
@@ -227,7 +229,7 @@ def test_training_stages_resume_to_the_same_weights(
         assert (other.folder(stage) / "model" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_other_inputs_are_refused_with_what_changed(config: Config) -> None:
@@ -241,7 +243,9 @@ def test_settings_the_trainer_refuses_are_sentences(config: Config, tmp_path: Pa
     other = copy_of(config, tmp_path, "dpo")
     for override in ("dpo.loss_type=sigmoyd", "dpo.adapter.target_modules=[nope]", "dpo.lr_scheduler_type=wavy"):
         with pytest.raises(InputError):
-            run_stage(load_config(config.folder("dpo") / "config.yaml", [f"runs={other.runs}", override]), "dpo", force=True)
+            run_stage(
+                load_config(config.folder("dpo") / "config.yaml", [f"runs={other.runs}", override]), "dpo", force=True
+            )
         assert not (other.folder("dpo") / "DONE").exists()
 
 
