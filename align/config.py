@@ -266,22 +266,29 @@ class RewardSection(EpochSection):
     center_rewards_coefficient: float | None = Field(0.01, ge=0, description="Pull towards rewards of mean zero.")
 
 
+# TRL 1.16 learns of an unknown one only in the first training step.
+DpoLoss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
 class DpoSection(EpochSection):
     """Direct preference optimisation: TRL's DPOTrainer, reference = the same model with the adapter off."""
 
     config_class: ClassVar[str] = "trl.DPOConfig"
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     beta: float = Field(0.1, gt=0, description="Strength of the pull towards the reference.")
-    loss_type: str | list[str] = Field(
-        "sigmoid", description="Any of TRL's loss types by name, or several with loss_weights."
+    loss_type: list[DpoLoss] = Field(
+        ["sigmoid"], min_length=1, description="Any of TRL's loss types by name, or several with loss_weights."
     )
     precompute_ref_log_probs: bool = Field(
         False, description="Reference log-probabilities once, before training; pays from the second epoch on."
     )
 
-    @field_validator("loss_type")
+    @field_validator("loss_type", mode="before")
     @classmethod
-    def _as_list(cls, value: str | list[str]) -> list[str]:
+    def _as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
 

@@ -23,7 +23,7 @@ from align import models
 from align.config import Config
 from align.logprobs import Batch, before_answers, hidden_states, vocabulary_logits
 from align.ppo.maths import token_entropy, token_logprobs
-from reward.records import InputError
+from reward.records import InputError, file_digest
 
 VALUE_HEAD = "value_head.safetensors"
 
@@ -147,7 +147,7 @@ def build_cast(config: Config, base: str, reward_folder: Path) -> Cast:
     shared_reward = (reward_folder / "adapter_config.json").is_file()
     if shared_reward:
         reward_base = str(PeftConfig.from_pretrained(str(reward_folder)).base_model_name_or_path)
-        if Path(reward_base).resolve() != Path(base).resolve():
+        if not _same_weights(Path(reward_base), Path(base)):
             raise InputError(
                 f"the reward model stands on {reward_base}, but the policy on {base}: train `reward` again."
             )
@@ -168,6 +168,14 @@ def build_cast(config: Config, base: str, reward_folder: Path) -> Cast:
     else:
         reward_model = models.load_reward_model(str(reward_folder), config.model).eval()
     return Cast(PolicyWithValue(policy, section.temperature), frozen, score_head, reward_model)
+
+
+def _same_weights(a: Path, b: Path) -> bool:
+    """Whether two model folders are one, or copies of one another."""
+    if a.resolve() == b.resolve():
+        return True
+    digests = [{file.name: file_digest(file) for file in folder.glob("*.safetensors")} for folder in (a, b)]
+    return bool(digests[0]) and digests[0] == digests[1]
 
 
 def add_reward(model: Any, folder: Path) -> tuple[Any, Tensor]:
