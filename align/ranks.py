@@ -21,10 +21,10 @@ def is_first() -> bool:
 def start() -> None:
     """Join the process group, so that `wait` works before any trainer exists. No-op with one process."""
     if world_size() > 1:
+        import torch
         from accelerate import PartialState
-        from accelerate.utils import str_to_bool
 
-        PartialState(cpu=bool(str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))))
+        PartialState(cpu=not torch.cuda.is_available())
 
 
 def wait() -> None:

@@ -158,7 +158,7 @@ def test_ppo_is_as_long_as_its_episodes(file: Path, key: str) -> None:
             "sft:\n  adapter:\n    target_modules: [q_proj,\n      3]\n",
             "line 3: `sft.adapter.target_modules.1` is 3 (a whole number), but text is wanted.",
         ),
-        ("dpo:\n  loss_type: {a: 1}\n", "line 2: `dpo.loss_type` is {'a': 1} (a section), but text or a list"),
+        ("dpo:\n  loss_type: {a: 1}\n", "line 2: `dpo.loss_type` is {'a': 1} (a section), but a list is wanted"),
         ("1: 2\n", "the key 1 is a whole number, but keys are text."),
         # Keys that only the library knows
         ("sft:\n  adam_beta1: high\n", "line 2: in `sft`, `adam_beta1` is 'high' (text), but a number is wanted."),

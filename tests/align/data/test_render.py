@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from align.data.render import answer_ids, demonstration_row, first_words, fit, preference_row, prompt_ids
+from align.data.render import answer_ids, demonstration_row, fit, preference_row, prompt_ids
 from reward.records import InputError, assistant_answer, user_prompt
 
 deterministic = settings(derandomize=True, deadline=None)
@@ -203,8 +203,3 @@ def test_fit_names_the_limit_the_longest_and_the_key() -> None:
         InputError, match=r"all 2 pairs are longer than dpo\.max_length=4 tokens \(the longest has 7\): raise dpo\.max"
     ):
         fit([{"n": 5}, {"n": 7}], lambda r: r["n"], 4, "pairs", "dpo.max_length")
-
-
-def test_first_words() -> None:
-    assert first_words("a\n b  c") == "a b c"
-    assert first_words(assistant_answer("x" * 80), 10) == "x" * 9 + "…"
