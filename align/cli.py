@@ -38,7 +38,7 @@ def run(
 ) -> None:
     """Run all stages in order, skipping what is done."""
     from align import pipeline
-    from align.config import load_config
+    from align.config_file import load_config
 
     pipeline.run_pipeline(load_config(config, overrides or []), force=force, accelerate=accelerate)
 
@@ -98,14 +98,14 @@ def schema() -> None:
     """Print the JSON schema of a config file, for editors."""
     import json
 
-    from align.config import json_schema
+    from align.config_file import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
 def _stage(name: str, config: Path, overrides: list[str] | None, force: bool) -> None:
     from align import pipeline
-    from align.config import load_config
+    from align.config_file import load_config
 
     pipeline.run_stage(load_config(config, overrides or []), name, force=force)
 

@@ -11,45 +11,36 @@ to the working directory.
 
 from __future__ import annotations
 
-import difflib
-import functools
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    PydanticUserError,
-    TypeAdapter,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 
+from align.config_fields import LibrarySection, check_extras, config_fields
 from reward.records import InputError
 
 StageName = Literal["sft", "sample", "label", "reward", "dpo", "ppo", "compare"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
 
 
-class _Path:
+class PathMark:
     """Marks a string that is a path on disk, so that it can be resolved against the place where it was written."""
 
 
-class _PathOrName:
+class PathOrNameMark:
     """Marks a string that is a folder where there is one of this name, and else a name (of a hub model, of a stage)."""
 
 
-FilePath = Annotated[str, _Path()]
-PathOrName = Annotated[str, _PathOrName()]
+FilePath = Annotated[str, PathMark()]
+PathOrName = Annotated[str, PathOrNameMark()]
 
 # Adapter keys that the stage and its model decide.
 ADAPTER_OWNED_KEYS = {
@@ -87,14 +78,6 @@ OWNED_KEYS = {
 }
 
 
-class _KeyError(ValueError):
-    """A problem with one key of a section, so that the sentence can name its line."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
-
-
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -108,11 +91,12 @@ class Section(BaseModel):
         return value
 
 
-class AdapterSection(Section):
+class AdapterSection(LibrarySection, Section):
     """LoRA, with PEFT's names. Any other field of `peft.LoraConfig` may be added."""
 
     model_config = ConfigDict(extra="allow")
     config_class: ClassVar[str] = "peft.LoraConfig"
+    owned_keys: ClassVar[dict[str, str]] = ADAPTER_OWNED_KEYS
 
     r: int = Field(16, gt=0, description="Rank of the adapter.")
     lora_alpha: float = Field(32, gt=0, description="Scale of the adapter; the update is multiplied by lora_alpha / r.")
@@ -124,15 +108,15 @@ class AdapterSection(Section):
 
     @model_validator(mode="after")
     def _known_extras(self) -> Self:
-        _check_extras(self)
+        check_extras(self)
         return self
 
 
-class TrainerSection(Section):
+class TrainerSection(LibrarySection, Section):
     """What every training stage shares; the names are those of `transformers.TrainingArguments`."""
 
     model_config = ConfigDict(extra="allow")
-    config_class: ClassVar[str]
+    owned_keys: ClassVar[dict[str, str]] = OWNED_KEYS
 
     adapter: AdapterSection | None = Field(
         default_factory=AdapterSection, description="LoRA adapter (PEFT's keys); null trains every weight."
@@ -156,7 +140,7 @@ class TrainerSection(Section):
 
     @model_validator(mode="after")
     def _known_extras(self) -> Self:
-        _check_extras(self)
+        check_extras(self)
         return self
 
     def trainer_arguments(self) -> dict[str, Any]:
@@ -296,6 +280,7 @@ class PpoSection(TrainerSection):
     """Proximal policy optimisation on one shared base: policy, value, reward and reference."""
 
     config_class: ClassVar[str] = "align.ppo.trainer.PPOConfig"
+    owned_keys: ClassVar[dict[str, str]] = OWNED_KEYS | PPO_OWNED_KEYS
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     lr_scheduler_type: str = Field("constant_with_warmup", description="Any scheduler of transformers by name.")
     warmup_steps: float = Field(0, ge=0, description="Warm-up, in steps, or as a share of all steps if below 1.")
@@ -399,309 +384,3 @@ class Config(Section):
     def section(self, stage: str) -> Section:
         section: Section = getattr(self, stage)
         return section
-
-
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """The config in a YAML file, with `section.key=value` overrides (the value is read as YAML).
-
-    Raises:
-        InputError: missing or malformed file, unknown key (with the nearest known one), wrong type or value.
-    """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"config {path} {what}: give the path of a YAML file, such as configs/quickstart.yaml.")
-    raw, lines = _read_yaml(path)
-    raw.setdefault("name", path.stem)
-    raw.setdefault("runs", str(Path.cwd() / "runs"))
-    _resolve_paths(raw, Config, path.resolve().parent)
-    for override in overrides:
-        _apply_override(raw, lines, override)
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise InputError("\n".join(_sentence(group, path, lines) for group in _by_key(error))) from None
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a config file, trainer and adapter keys included, for editors."""
-    schema = Config.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    for section in (AdapterSection, SftSection, RewardSection, DpoSection, PpoSection):
-        properties = schema["$defs"][section.__name__]["properties"]
-        for key, hint in config_fields(section.config_class).items():
-            if key not in _owned_keys(section):
-                properties.setdefault(key, _hint_schema(hint))
-        schema["$defs"][section.__name__]["additionalProperties"] = False
-    return schema
-
-
-@functools.cache
-def config_fields(config_class: str) -> dict[str, Any]:
-    """Field name -> type of a library's config dataclass, such as "trl.SFTConfig". Imports the library."""
-    import dataclasses
-    import importlib
-
-    module, _, name = config_class.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
-    try:
-        hints = typing.get_type_hints(cls)
-    except (NameError, TypeError):  # an annotation that names something only type checkers see
-        hints = {}
-    return {field.name: hints.get(field.name, Any) for field in dataclasses.fields(cls) if field.init}
-
-
-def _check_extras(section: AdapterSection | TrainerSection) -> None:
-    """Check the keys that are not documented here against the library's own config class, and convert their values."""
-    if not section.model_extra:
-        return
-    known, owned = config_fields(section.config_class), _owned_keys(type(section))
-    for key, value in section.model_extra.items():
-        if key in owned:
-            raise _KeyError(key, f"`{key}` cannot be set: {owned[key]}")
-        if key not in known:
-            fields = type(section).model_fields
-            raise _KeyError(key, _unknown(key, fields, known, f", and every other field of {section.config_class}"))
-        try:
-            section.model_extra[key] = _library_type(known[key]).validate_python(value)
-        except ValidationError as error:
-            wanted = " or ".join(dict.fromkeys(_wanted(e) for e in error.errors()))
-            raise _KeyError(key, f"`{key}` is {_shown(value)}, but {wanted} is wanted") from None
-        except PydanticUserError:  # a type pydantic has no schema for: the library checks it itself
-            pass
-
-
-def _owned_keys(section: type[Section]) -> dict[str, str]:
-    """The keys of a library's config class that this section refuses, with the reason."""
-    if issubclass(section, AdapterSection):
-        return ADAPTER_OWNED_KEYS
-    return OWNED_KEYS | (PPO_OWNED_KEYS if issubclass(section, PpoSection) else {})
-
-
-def _unknown(key: str, fields: typing.Iterable[str], more: typing.Iterable[str] = (), and_more: str = "") -> str:
-    """`fields` are ours and listed where nothing is near; `more` are a library's, too many to list."""
-    nearest = difflib.get_close_matches(key, [*fields, *more], n=1, cutoff=0.5)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys are {', '.join(sorted(fields))}{and_more}"
-    return f"unknown key `{key}`: {hint}"
-
-
-def _library_type(hint: Any) -> TypeAdapter[Any]:
-    """The checker of a library's type: true is not a number, and infinity is not a setting."""
-    if {hint, *typing.get_args(hint)} & {int, float} and bool not in (hint, *typing.get_args(hint)):
-        hint = Annotated[hint, BeforeValidator(_no_bool)]
-    try:
-        return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
-    except PydanticUserError:  # a type that brings a configuration of its own
-        return TypeAdapter(hint)
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise PydanticCustomError("float_type", "a number")
-    return value
-
-
-def _hint_schema(hint: Any) -> dict[str, Any]:
-    try:
-        return TypeAdapter(hint).json_schema()
-    except (PydanticUserError, ValueError):
-        return {}
-
-
-class _Lines(dict[tuple[str | int, ...], str]):
-    """Where each key was written: ("sft", "r") -> "configs/a.yaml, line 12"."""
-
-    def of(self, location: tuple[str | int, ...], fallback: str) -> str:
-        while location:
-            if location in self:
-                return self[location]
-            location = location[:-1]
-        return fallback
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], _Lines]:
-    """The mapping in the file and the place of every key in it."""
-    try:
-        text = path.read_text("utf-8-sig")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        raw = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{path}{line}: not valid YAML ({error.problem or error.context}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: a mapping of sections is wanted, but the file holds {_kind(raw)}.")
-    lines = _Lines()
-
-    def walk(node: yaml.Node, location: tuple[str | int, ...]) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                place = (*location, str(key.value))
-                where = f"{path}, line {key.start_mark.line + 1}"
-                if place in lines:
-                    raise InputError(f"{where}: `{'.'.join(map(str, place))}` is set twice; keep one of them.")
-                lines[place] = where
-                walk(value, place)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                walk(value, (*location, index))
-
-    if node is not None:
-        try:
-            walk(node, ())
-        except RecursionError:
-            raise InputError(f"{path}: not valid here (an alias stands inside its own anchor).") from None
-    return _unshared(raw), lines
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which no two keys share a mapping: overriding one use of an anchor must not change the others."""
-    if isinstance(value, dict):
-        return {key: _unshared(inner) for key, inner in value.items()}
-    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _apply_override(raw: dict[str, Any], lines: _Lines, override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = tuple(key.split("."))
-    if not equals or not all(parts):
-        raise InputError(f"`{override}` is not an override: write section.key=value, such as dpo.learning_rate=1e-5.")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        value = text
-    written: Any = value
-    for part in reversed(parts):
-        written = {part: written}
-    _resolve_paths(written, Config, Path.cwd())
-    target = raw
-    for part in parts[:-1]:
-        written = written[part]
-        target = target.setdefault(part, {})
-        if not isinstance(target, dict):
-            raise InputError(f"`{override}`: `{part}` holds {_kind(target)}, not a section of keys.")
-    target[parts[-1]] = written[parts[-1]]
-    for place in [place for place in lines if place[: len(parts)] == parts]:
-        del lines[place]  # what the file says below this key is replaced
-    lines[parts] = f"command line, {override}"
-    for length in range(1, len(parts)):
-        lines.setdefault(parts[:length], lines[parts])
-
-
-def _resolve_paths(raw: dict[str, Any], section: type[BaseModel], folder: Path) -> None:
-    """Make every path in `raw` absolute, relative ones counted from `folder`."""
-    for key, field in section.model_fields.items():
-        if key not in raw:
-            continue
-        value = raw[key]
-        inner = _section_type(field.annotation)
-        if inner and isinstance(value, dict):
-            _resolve_paths(value, inner, folder)
-        elif isinstance(value, str) and _is_path(field):
-            raw[key] = _absolute(value, folder)
-        elif _is_path(field, _PathOrName):
-            found = [_absolute(v, folder) if _is_folder(v, folder) else v for v in _listed(value)]
-            raw[key] = found if isinstance(value, list) else found[0]
-
-
-def _absolute(path: str, folder: Path) -> str:
-    return str((folder / Path(path).expanduser()).resolve())
-
-
-def _is_folder(value: Any, folder: Path) -> bool:
-    """Whether a value that may be a name or a folder is a folder."""
-    return isinstance(value, str) and value not in ("", "base", *STAGES) and Path(_absolute(value, folder)).is_dir()
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _is_path(field: FieldInfo, kind: type = _Path) -> bool:
-    options = [field.metadata, *(getattr(option, "__metadata__", ()) for option in typing.get_args(field.annotation))]
-    return any(isinstance(mark, kind) for marks in options for mark in marks)
-
-
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-
-
-def _by_key(error: ValidationError) -> list[list[Any]]:
-    """Pydantic's errors, those of one key together: a value that may be of two types fails once for each of them."""
-    groups: dict[tuple[int | str, ...], list[Any]] = {}
-    for problem in error.errors():
-        location = problem["loc"] if problem["type"] == "extra_forbidden" else _without_types(problem["loc"])
-        groups.setdefault(location, []).append({**problem, "loc": location})
-    # A wrong item of a list is told by its place; that the list is not of the other type too would only confuse.
-    return [
-        group for at, group in groups.items() if not any(len(o) > len(at) > 0 and o[: len(at)] == at for o in groups)
-    ]
-
-
-def _without_types(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A pydantic location without the type names it puts behind the key of a union: `str`, `list[str]`."""
-    return tuple(part for part in location if part not in ("str", "list[str]"))
-
-
-def _sentence(errors: list[Any], path: Path, lines: _Lines) -> str:
-    """What is wrong with one key as a sentence for people."""
-    error = errors[0]
-    location = error["loc"]
-    name = ".".join(str(part) for part in location)
-    where = lines.of(location, str(path))
-    if error["type"] == "extra_forbidden":
-        section: type[BaseModel] = Config
-        for part in location[:-1]:
-            section = _section_type(section.model_fields[str(part)].annotation) or section
-        message = _unknown(str(location[-1]), section.model_fields)
-        return (
-            f"{where}: {message}"
-            if len(location) == 1
-            else f"{where}: in `{'.'.join(map(str, location[:-1]))}`, {message}"
-        )
-    if error["type"] == "value_error":
-        problem = error["ctx"]["error"]
-        if isinstance(problem, _KeyError):
-            where = lines.of((*location, problem.key), where)
-            return f"{where}: in `{name}`, {problem}{'' if str(problem).endswith('?') else '.'}"
-        return f"{where}: `{name}` {problem}."
-    if error["type"] == "missing":
-        return f"{where}: `{name}` is missing."
-    if error["type"] == "invalid_key":
-        return f"{where}: the key {error['input']!r} is {_kind(error['input'])}, but keys are text."
-    wanted = " or ".join(dict.fromkeys(_wanted(error) for error in errors))
-    return f"{where}: `{name}` is {_shown(error['input'])}, but {wanted} is wanted."
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return "null" if value is None else f"{text if len(text) <= 80 else text[:77] + '...'} ({_kind(value)})"
-
-
-def _wanted(error: Any) -> str:
-    """What pydantic would have accepted, in words."""
-    context = error.get("ctx", {})
-    limits = {"greater_than": "above {gt}", "greater_than_equal": "at least {ge}", "less_than": "below {lt}"}
-    limits |= {"less_than_equal": "at most {le}"}
-    kind = error["type"]
-    if kind == "string_pattern_mismatch":
-        return "text of letters, digits, dots, dashes and underscores that begins with a letter or a digit"
-    if kind == "too_short":
-        return f"a list of at least {context['min_length']}"
-    if kind == "finite_number":
-        return "a finite number"
-    if kind in limits:
-        return "a number " + limits[kind].format(**context)
-    if kind in ("literal_error", "enum"):
-        return f"one of {context['expected']}"
-    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list"}
-    kinds |= {"model": "a section of keys", "dict": "a section of keys", "none": "null"}
-    return kinds.get(kind.split("_")[0], error["msg"][0].lower() + error["msg"][1:])
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list"}
-    names |= {dict: "a section", type(None): "nothing"}
-    return names.get(type(value), f"a {type(value).__name__}")

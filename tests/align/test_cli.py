@@ -20,7 +20,8 @@ import pytest
 import typer
 
 from align import cli, pipeline
-from align.config import STAGES, json_schema
+from align.config import STAGES
+from align.config_file import json_schema
 from align.runs import done_digest, is_done
 
 ALIGN = [sys.executable, "-m", "align"]

@@ -16,9 +16,8 @@ from align.config import (
     Config,
     Section,
     TrainerSection,
-    json_schema,
-    load_config,
 )
+from align.config_file import json_schema, load_config
 from align.models import lora_config
 from align.pipeline import config_yaml
 from reward.records import InputError

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from align import cli, pipeline
-from align.config import load_config
+from align.config_file import load_config
 from align.lineage import as_text
 from align.runs import Run, done_digest, free_space, is_disk_full, is_done, lineage, open_run, read_info
 from reward.records import InputError, write_jsonl

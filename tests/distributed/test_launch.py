@@ -14,7 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.config import Config, load_config
+from align.config import Config
+from align.config_file import load_config
 from align.pipeline import run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ CONFIG = """
 name: launched
 runs: {runs}
 stages: [label, reward, dpo, ppo]
-model: {{base: {model}}}
+model: {{base: {model}, dtype: float32}}
 data: {{preferences: {preferences}}}
 label: {{source: dataset}}
 reward: {{max_steps: 4, per_device_train_batch_size: 4, learning_rate: 1.0e-2}}
@@ -58,6 +59,13 @@ def launch(pipeline: Path, stage: str, accelerate: str, *overrides: str) -> subp
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
 
 
+def align_run(pipeline: Path, accelerate: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "align", "run", str(pipeline), *overrides]
+    command += ["--accelerate", str(ROOT / "configs/accelerate" / accelerate)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
 def check_adapter(config: Config, stage: str) -> None:
     folder = config.folder(stage)
     assert (folder / "DONE").is_file()
@@ -89,11 +97,14 @@ def test_dpo_trains_on_two_processes_and_loads_in_one(pipeline: Path, tiny_model
 
 @pytest.mark.processes
 def test_reward_and_ppo_train_on_two_processes(pipeline: Path) -> None:
-    config = load_config(pipeline)
+    """`align run --accelerate` starts each training stage under the launcher, with exactly this config."""
+    overrides = ["name=whole", "stages=[label,reward,ppo]"]
+    config = load_config(pipeline, overrides)
+    result = align_run(pipeline, "cpu.yaml", *overrides)
+    assert result.returncode == 0, result.stderr[-3000:]
     for stage in ("reward", "ppo"):
-        result = launch(pipeline, stage, "cpu.yaml")
-        assert result.returncode == 0, result.stderr[-3000:]
         check_adapter(config, stage)
+    assert align_run(pipeline, "cpu.yaml", *overrides).returncode == 0  # again: everything is done
     lines = [json.loads(line) for line in (config.folder("ppo") / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "objective/kl" in line]
     assert [line["episodes"] for line in updates] == [8.0, 16.0]  # over both processes

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import DPOConfig, DPOTrainer
 
 from align import lineage
-from align.config import STAGES, Config, load_config
+from align.config import STAGES, Config
+from align.config_file import load_config
 from align.pipeline import run_pipeline, run_stage
 from align.runs import read_info
 from reward.records import InputError, read_jsonl
@@ -25,7 +26,7 @@ from reward.scoring import score
 CONFIG = """
 name: tiny
 runs: {runs}
-model: {{base: {model}}}
+model: {{base: {model}, dtype: float32}}
 data: {{demonstrations: {demonstrations}, test_share: 0.3}}
 sft: {{max_steps: 20, per_device_train_batch_size: 2, max_length: 128, learning_rate: 1.0e-2, save_steps: 5}}
 sample: {{max_new_tokens: 12, answers_per_prompt: 3, batch_size: 16}}

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-from align.config import load_config
+from align.config_file import load_config
 from align.logprobs import Batch, collate
 from align.ppo import maths
 from align.ppo.cast import Cast, PolicyWithValue, build_cast
@@ -47,7 +47,7 @@ def reward_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def make_config(tmp_path: Path, tiny_model: Path, *overrides: str) -> Any:
     path = tmp_path / "pipeline.yaml"
-    path.write_text(f"model: {{base: {tiny_model}}}\nstages: [reward, ppo]\n")
+    path.write_text(f"model: {{base: {tiny_model}, dtype: float32}}\nstages: [reward, ppo]\n")
     return load_config(path, overrides)
 
 

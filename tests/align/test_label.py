@@ -1,0 +1,97 @@
+"""The label stage: people's labels from the store, an existing dataset, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.config import Config
+from align.config_file import load_config
+from align.pipeline import run_stage
+from align.runs import read_info
+from labeling_ui.store import LabelStore
+from reward.records import InputError, assistant_answer, read_jsonl, user_prompt
+
+
+def comparison(number: int, split: str) -> dict[str, Any]:
+    answers = [{"text": f"Kind answer {number}.", "model": "a", "sampling": {}}, {"text": f"No {number}.", "model": "b"}]
+    return {"id": f"c{number}", "prompt": user_prompt(f"Question {number}?"), "split": split, "answers": answers}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A database in which two people judged four pairs: three for the first answer, one a tie."""
+    path = tmp_path / "labels.sqlite"
+    with LabelStore(path) as labels:
+        project = labels.create_project("people")
+        labels.add_items(project, [comparison(n, "test" if n == 3 else "train") for n in range(4)])
+        for item in labels.items(project):
+            for annotator in ("ana", "bo"):
+                value = 4 if item.comparison_id == "c2" else 2
+                key = f"{item.key} {annotator}"
+                labels.record(project, item.id, annotator, left=0, right=1, value=value, key=key)
+    return path
+
+
+def people(tmp_path: Path, store: Path, *overrides: str) -> Config:
+    path = tmp_path / "people.yaml"
+    path.write_text(f"stages: [label, reward]\nruns: {tmp_path / 'runs'}\nlabel: {{source: people, store: {store}}}\n")
+    return load_config(path, overrides)
+
+
+def test_people_become_preferences_with_their_names_and_strength(tmp_path: Path, store: Path) -> None:
+    run = run_stage(people(tmp_path, store), "label")
+    records = read_jsonl(run.folder / "preferences.jsonl")
+    assert [(r["comparison_id"], r["split"]) for r in records] == [("c0", "train"), ("c1", "train"), ("c3", "test")]
+    first = records[0]
+    assert (first["chosen"], first["rejected"]) == (assistant_answer("Kind answer 0."), assistant_answer("No 0."))
+    assert (first["margin"], first["weight"], first["annotators"]) == (2.0, 1.0, ["ana", "bo"])
+    assert not any(record["simulated"] for record in records)
+    assert [tie["comparison_id"] for tie in read_jsonl(run.folder / "ties.jsonl")] == ["c2"]
+    info = read_info(run.folder)
+    assert info is not None and not info["simulated_labels"] and info["summary"]["labels"] == 8
+
+
+def test_a_new_label_is_another_input(tmp_path: Path, store: Path) -> None:
+    config = people(tmp_path, store)
+    run_stage(config, "label")
+    assert run_stage(config, "label").finished
+    with LabelStore(store) as labels:
+        project = labels.project("people")
+        item = labels.items(project)[0]
+        labels.record(project, item.id, "cy", left=1, right=0, value=1, key="late")
+    with pytest.raises(InputError, match=r"labels: was 8, is 9"):
+        run_stage(config, "label")
+    run_stage(config, "label", force=True)
+    assert store.is_file()
+
+
+def test_too_few_labels_and_no_database_are_refused(tmp_path: Path, store: Path) -> None:
+    with pytest.raises(InputError, match="has 8 labels, label.min_labels wants 100"):
+        run_stage(people(tmp_path, store, "label.min_labels=100"), "label")
+    with pytest.raises(InputError, match="there is no label database at"):
+        run_stage(people(tmp_path, tmp_path / "none.sqlite"), "label")
+
+
+def test_simulated_labels_cannot_pass_for_peoples(tmp_path: Path) -> None:
+    path = tmp_path / "simulated.sqlite"
+    with LabelStore(path) as labels:
+        labels.create_project("people", simulated=True)
+    with pytest.raises(InputError, match="holds simulated labels"):
+        run_stage(people(tmp_path, path), "label")
+
+
+def test_a_dataset_becomes_preferences_and_what_is_left_out_is_kept(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Q {n}?", "chosen": f"Yes {n}.", "rejected": f"No {n}.", "source": "x"} for n in range(30)]
+    rows.append({"prompt": "Same?", "chosen": "It is.", "rejected": "It is."})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "dataset.yaml"
+    path.write_text(f"runs: {tmp_path / 'runs'}\nlabel: {{source: dataset}}\ndata: {{preferences: pairs.jsonl}}\n")
+    run = run_stage(load_config(path), "label")
+    records = read_jsonl(run.folder / "preferences.jsonl")
+    assert len(records) == 30 and {record["source"] for record in records} == {"x"}
+    (dropped,) = read_jsonl(run.folder / "dropped.jsonl")
+    assert dropped["reason"] == "with identical chosen and rejected" and dropped["record"]["prompt"] == "Same?"
