@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two processes of two threads each on two cores spend their time waiting for each other.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help quickstart setup test test-pipeline clean
+.PHONY: help quickstart setup test test-quickstart test-polite clean
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -23,9 +23,13 @@ test: $(VENV)/.dev
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=85
 
-## make test-pipeline     the quickstart from nothing, timed and judged; polite.yaml where its data is at hand (long)
-test-pipeline: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow -s tests
+## make test-quickstart   the quickstart from nothing, timed and judged (about 15 min)
+test-quickstart: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow -s tests/pipeline -k quickstart
+
+## make test-polite       configs/polite.yaml on its data, where that is at hand (about 15 min)
+test-polite: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow -s tests/pipeline -k polite
 
 setup: $(VENV)/.runtime
 
