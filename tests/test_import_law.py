@@ -38,7 +38,14 @@ def test_the_law_is_looked_for_where_the_code_is() -> None:
     assert {"reward", "align"} <= {name for path in (ROOT / "align").rglob("*.py") for _, name in imported(path)}
 
 
-LIGHT = ["reward.records", "reward.aggregate", "labeling_ui.store", "labeling_ui.panel", "align.cli", "align.config_file"]
+LIGHT = [
+    "reward.records",
+    "reward.aggregate",
+    "labeling_ui.store",
+    "labeling_ui.panel",
+    "align.cli",
+    "align.config_file",
+]
 
 
 @pytest.mark.parametrize("module", LIGHT)

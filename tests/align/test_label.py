@@ -17,7 +17,10 @@ from reward.records import InputError, assistant_answer, read_jsonl, user_prompt
 
 
 def comparison(number: int, split: str) -> dict[str, Any]:
-    answers = [{"text": f"Kind answer {number}.", "model": "a", "sampling": {}}, {"text": f"No {number}.", "model": "b"}]
+    answers = [
+        {"text": f"Kind answer {number}.", "model": "a", "sampling": {}},
+        {"text": f"No {number}.", "model": "b"},
+    ]
     return {"id": f"c{number}", "prompt": user_prompt(f"Question {number}?"), "split": split, "answers": answers}
 
 
@@ -70,7 +73,7 @@ def test_a_new_label_is_another_input(tmp_path: Path, store: Path) -> None:
 
 
 def test_too_few_labels_and_no_database_are_refused(tmp_path: Path, store: Path) -> None:
-    with pytest.raises(InputError, match="has 8 labels, label.min_labels wants 100"):
+    with pytest.raises(InputError, match=r"has 8 labels, label\.min_labels wants 100"):
         run_stage(people(tmp_path, store, "label.min_labels=100"), "label")
     with pytest.raises(InputError, match="there is no label database at"):
         run_stage(people(tmp_path, tmp_path / "none.sqlite"), "label")
