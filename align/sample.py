@@ -26,17 +26,7 @@ def run_sample(config: Config, run: Run) -> dict[str, Any]:
     prompts = gather_prompts(config)
     base = sft_model(config)
     tokenizer = models.load_tokenizer(base, config.model)
-    kept, too_long = fit(
-        prompts,
-        lambda r: len(prompt_ids(tokenizer, r["prompt"])),
-        section.max_prompt_length,
-        "prompts",
-        "sample.max_prompt_length",
-    )
-    if too_long:
-        progress.say(
-            f"  left out {len(too_long)} prompts longer than max_prompt_length={section.max_prompt_length} tokens"
-        )
+    kept, too_long = fitting_prompts(run, tokenizer, prompts, section.max_prompt_length)
     kept = kept[: section.max_prompts]
     if not ranks.is_first():
         return {}
@@ -90,7 +80,6 @@ def run_sample(config: Config, run: Run) -> dict[str, Any]:
             f"no prompt of {len(kept)} got two different answers: raise sample.temperature or answers_per_prompt."
         )
     write_jsonl(run.folder / "comparisons.jsonl", comparisons)
-    write_jsonl(run.folder / "dropped.jsonl", [{"reason": "prompt too long", "record": record} for record in too_long])
     return {
         "comparisons": dict(Counter(comparison["split"] for comparison in comparisons)),
         "answers": sum(len(comparison["answers"]) for comparison in comparisons),
@@ -116,6 +105,18 @@ def gather_prompts(config: Config) -> list[Record]:
     if not groups:
         raise InputError("there are no prompts: set data.prompts, data.demonstrations or data.preferences.")
     return unique_prompts(*groups)
+
+
+def fitting_prompts(run: Run, tokenizer: Any, records: list[Record], limit: int) -> tuple[list[Record], list[Record]]:
+    """(prompts of at most `limit` tokens, longer ones); the longer ones are counted aloud and kept in dropped.jsonl."""
+    key = f"{run.stage}.max_prompt_length"
+    kept, too_long = fit(records, lambda r: len(prompt_ids(tokenizer, r["prompt"])), limit, "prompts", key)
+    if too_long:
+        progress.say(f"  left out {len(too_long)} prompts longer than max_prompt_length={limit} tokens")
+    if run.writer:
+        reason = f"longer than max_prompt_length={limit} tokens"
+        write_jsonl(run.folder / "dropped.jsonl", [{"reason": reason, "record": record} for record in too_long])
+    return kept, too_long
 
 
 def sft_model(config: Config) -> str:

@@ -15,11 +15,11 @@ from align.compare import statistics
 from align.compare.schema import Example, ModelFigures, Report, WinRateFigure
 from align.config import Config
 from align.data.load import load_demonstrations, only
-from align.data.render import answer_ids, fit, prompt_ids
+from align.data.render import answer_ids, prompt_ids
 from align.generate import Answer, Partial, batches, generate
 from align.logprobs import Pair, answer_logprobs
 from align.runs import Run, lineage, versions
-from align.sample import gather_prompts, policy_folder, sft_model
+from align.sample import fitting_prompts, gather_prompts, policy_folder, sft_model
 from labeling_ui.panel import HiddenPreference, preferred
 from reward.records import InputError, Record, digest, prompt_text, write_jsonl
 
@@ -45,15 +45,7 @@ def run_compare(config: Config, run: Run) -> dict[str, Any]:
     judges = chosen_judges(config)
     tokenizer = models.load_tokenizer(sft_model(config), config.model)
     held_out = only("test", gather_prompts(config), "prompts")
-    kept, too_long = fit(
-        held_out,
-        lambda r: len(prompt_ids(tokenizer, r["prompt"])),
-        section.max_prompt_length,
-        "prompts",
-        "compare.max_prompt_length",
-    )
-    if too_long:
-        progress.say(f"  left out {len(too_long)} prompts longer than {section.max_prompt_length} tokens")
+    kept, _ = fitting_prompts(run, tokenizer, held_out, section.max_prompt_length)
     prompts = kept[: section.max_prompts]
     ids = [prompt_ids(tokenizer, record["prompt"]) for record in prompts]
     progress.say(f"  {len(prompts)} held-out prompts, models {', '.join(names)}, judges {', '.join(judges)}")

@@ -11,10 +11,10 @@ from typing import Any
 from align import models, progress, ranks, training
 from align.config import Config
 from align.data.load import only
-from align.data.render import fit, prompt_ids
+from align.data.render import prompt_ids
 from align.runs import Run
-from align.sample import gather_prompts, sft_model
-from reward.records import read_jsonl, write_jsonl
+from align.sample import fitting_prompts, gather_prompts, sft_model
+from reward.records import read_jsonl
 
 
 def run_ppo(config: Config, run: Run) -> dict[str, Any]:
@@ -27,19 +27,7 @@ def run_ppo(config: Config, run: Run) -> dict[str, Any]:
     section, base = config.ppo, sft_model(config)
     tokenizer = models.load_tokenizer(base, config.model)
     records = only("train", gather_prompts(config), "prompts")
-    kept, too_long = fit(
-        records,
-        lambda r: len(prompt_ids(tokenizer, r["prompt"])),
-        section.max_prompt_length,
-        "prompts",
-        "ppo.max_prompt_length",
-    )
-    if too_long:
-        progress.say(
-            f"  left out {len(too_long)} prompts longer than max_prompt_length={section.max_prompt_length} tokens"
-        )
-    if run.writer:
-        write_jsonl(run.folder / "dropped.jsonl", [{"reason": "prompt too long", "record": r} for r in too_long])
+    kept, _ = fitting_prompts(run, tokenizer, records, section.max_prompt_length)
     set_seed(config.seed)
     with training.refused_settings(run.stage):
         cast = build_cast(config, base, config.folder("reward") / "model")
