@@ -279,11 +279,15 @@ class DpoSection(EpochSection):
 class PpoSection(TrainerSection):
     """Proximal policy optimisation on one shared base: policy, value, reward and reference."""
 
-    config_class: ClassVar[str] = "align.ppo.trainer.PPOConfig"
+    config_class: ClassVar[str] = "align.ppo.PPOConfig"
     owned_keys: ClassVar[dict[str, str]] = OWNED_KEYS | PPO_OWNED_KEYS
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     lr_scheduler_type: str = Field("constant_with_warmup", description="Any scheduler of transformers by name.")
     warmup_steps: float = Field(0, ge=0, description="Warm-up, in steps, or as a share of all steps if below 1.")
+    max_prompt_length: int = Field(
+        512, gt=0, description="Longest prompt in tokens; longer ones are left out and counted."
+    )
+
     total_episodes: int = Field(256, gt=0, description="Episodes (a prompt and its answer) in all, over all processes.")
     num_ppo_epochs: int = Field(2, gt=0, description="Passes over the episodes of an update.")
     num_mini_batches: int = Field(
@@ -292,29 +296,72 @@ class PpoSection(TrainerSection):
         description="Optimiser steps per pass. An update takes per_device_train_batch_size x "
         "gradient_accumulation_steps x num_mini_batches episodes on each process.",
     )
+    rollout_batch_size: int | None = Field(
+        None, gt=0, description="Answers sampled at a time; null: all of an update's."
+    )
     response_length: int = Field(64, gt=0, description="Longest answer in tokens.")
     temperature: float = Field(1.0, gt=0, description="Of sampling and of log-probabilities alike.")
+    stop_token_ids: list[int] | None = Field(
+        None, min_length=1, description="Tokens that end an answer; null: the model's and the tokenizer's own."
+    )
+    old_logprobs: Literal["recomputed", "rollout"] = Field(
+        "recomputed", description="What the ratio is taken against: a forward pass of training, or what was sampled."
+    )
+
+    rewards: list[PathOrName] = Field(
+        ["reward"],
+        min_length=1,
+        description="What to climb: `reward` (the reward stage's model), `package.module:function`, or the folder or "
+        "hub id of a reward model.",
+    )
+    reward_weights: list[float] | None = Field(None, description="Weight of each reward in their sum; null: 1 each.")
+    reward_clip: float | None = Field(None, gt=0, description="Scores are clipped to plus and minus this.")
+    missing_eos_penalty: float | None = Field(
+        None, ge=0, description="Taken from the score of an answer that did not stop."
+    )
+    overlong_penalty: float | None = Field(
+        None, ge=0, description="Taken from the score of an answer of response_length tokens; less from shorter ones."
+    )
+    overlong_buffer: int = Field(
+        16, gt=0, description="Tokens before response_length over which overlong_penalty grows from 0."
+    )
+    whiten_rewards: bool = Field(False, description="Scale the shaped rewards of an update to unit variance.")
+    whiten_advantages: bool = Field(
+        True, description="Shift and scale the advantages of an update to mean 0 and variance 1."
+    )
+
     kl_coef: float = Field(
         0.05, ge=0, description="Weight of the KL penalty in the reward (starting value if adaptive)."
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        "k1", description="Schulman's estimators of KL(policy || reference)."
+    kl_estimator: Literal["k1", "k2", "k3", "full"] = Field(
+        "k1", description="Schulman's estimators of KL(policy || reference), or the KL over the whole vocabulary."
     )
     kl_target: float | None = Field(
         None, gt=0, description="Adapt kl_coef towards this KL (nats per answer); null: fixed."
     )
     kl_horizon: int = Field(10_000, gt=0, description="Episodes over which the adaptive controller acts.")
+
     gamma: float = Field(1.0, gt=0, le=1, description="Discount.")
     lam: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation.")
     cliprange: float = Field(0.2, gt=0, description="Clip range of the policy ratio.")
+    cliprange_high: float | None = Field(
+        None, gt=0, description="Clip range of the ratio above 1 (clip-higher); null: cliprange."
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, description="Where the advantage is negative, the loss stops growing at this ratio; null: never."
+    )
     cliprange_value: float = Field(0.2, gt=0, description="Clip range of the value.")
     vf_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
-    whiten_rewards: bool = Field(False, description="Scale the shaped rewards of an update to unit variance.")
-    missing_eos_penalty: float | None = Field(
-        None, ge=0, description="Taken from the score of an answer that did not stop."
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    ptx_coef: float = Field(
+        0.0, ge=0, description="Weight of the loss on data.demonstrations, mixed into every step (PPO-ptx)."
     )
-    max_prompt_length: int = Field(
-        512, gt=0, description="Longest prompt in tokens; longer ones are left out and counted."
+    early_stop_kl: float | None = Field(
+        None, gt=0, description="End an update once a mini-batch's approx_kl (nats per token) is above this."
+    )
+    critic_warmup_updates: int = Field(0, ge=0, description="First updates, which train the critic only.")
+    value_adapter: bool = Field(
+        False, description="Give the critic a LoRA adapter of its own instead of the policy's hidden states."
     )
 
 

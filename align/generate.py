@@ -12,32 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from align.config import GenerationSection
+from align.decode import draw, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-# What a model's own generation_config.json may ask for and the section has no key for (Qwen2.5 ships a repetition
-# penalty): with it answers would come from another distribution than the one whose log-probabilities we compute.
-_NEUTRAL: dict[str, Any] = {
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "min_p": None,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "guidance_scale": None,
-    "sequence_bias": None,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-}
 
 
 @dataclass
@@ -78,34 +56,21 @@ def generate(
 def generate_batch(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], section: GenerationSection
 ) -> list[Answer]:
-    """Answers to one batch of tokenised prompts (padded left)."""
-    device = next(model.parameters()).device
-    size = max(map(len, prompts))
-    ids_BS = torch.full((len(prompts), size), tokenizer.pad_token_id, dtype=torch.long)
-    attention_BS = torch.zeros((len(prompts), size), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids_BS[row, size - len(prompt) :] = torch.tensor(prompt)
-        attention_BS[row, size - len(prompt) :] = 1
-    how: dict[str, Any] = {"do_sample": False}
-    if section.temperature > 0:
-        how = {"do_sample": True, "temperature": section.temperature, "top_p": section.top_p, "top_k": section.top_k}
-    output_BS = model.generate(
-        input_ids=ids_BS.to(device),
-        attention_mask=attention_BS.to(device),
+    """Answers to one batch of tokenised prompts.
+
+    What a model's own generation config asks for beyond the section (Qwen2.5 ships a repetition penalty) is left out:
+    answers would come from another distribution than the one whose log-probabilities we compute.
+    """
+    drawn = draw(
+        model,
+        prompts,
         max_new_tokens=section.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **(_NEUTRAL | how),
+        stop_ids=stop_ids(model, tokenizer),
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
     )
-    return [as_answer(row, tokenizer) for row in output_BS[:, size:].tolist()]
-
-
-def as_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
-    """An answer from generated tokens: what follows the stop token is cut."""
-    finished = tokenizer.eos_token_id in ids
-    if finished:
-        ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
-    return Answer(ids, tokenizer.decode(ids, skip_special_tokens=True).strip(), finished)
+    return [Answer(a.ids, tokenizer.decode(a.ids, skip_special_tokens=True).strip(), a.finished) for a in drawn]
 
 
 class Partial:

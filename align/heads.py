@@ -13,13 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from align.logprobs import base_model, vocabulary_logits
+from align.logprobs import base_model, by_tiles, vocabulary_logits
 from align.ppo.maths import token_entropy, token_logprobs
-
-# Labelled positions whose logits are held at a time; beyond it, tiles are computed again in the backward pass.
-TILE = 2048
 
 
 def lean_head(model: Any) -> None:
@@ -70,8 +66,4 @@ def _by_tiles(model: Any, hidden_NH: Tensor, labels_N: Tensor) -> tuple[Tensor, 
             top_N = logits_NV.argmax(-1) == labels_N
         return token_logprobs(logits_NV, labels_N, 1.0), entropy_N, mean_N, top_N
 
-    if len(labels_N) <= TILE:
-        return tile(hidden_NH, labels_N)
-    tiles = zip(hidden_NH.split(TILE), labels_N.split(TILE), strict=True)
-    parts = [checkpoint(tile, hidden, labels, use_reentrant=False) for hidden, labels in tiles]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return by_tiles(tile, hidden_NH, labels_N)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from align.ppo.maths import token_logprobs
 
@@ -93,6 +94,26 @@ def vocabulary_logits(model: Any, hidden_NH: Tensor) -> Tensor:
     return logits_NV
 
 
+# Positions whose logits are held at a time; beyond it, tiles are computed again in the backward pass.
+TILE = 2048
+
+
+def by_tiles(
+    function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, tile: int | None = None
+) -> tuple[Tensor, ...]:
+    """`function` of N positions at a time, joined: its logits exist for one tile only, in the backward pass too.
+
+    Up to one tile it is called as it is, and what it holds is kept for the backward pass.
+    """
+    size = TILE if tile is None else tile
+    if len(inputs[0]) <= size:
+        return function(*inputs)
+    parts = []
+    for tiles in zip(*(values.split(size) for values in inputs), strict=True):
+        parts.append(checkpoint(function, *tiles, use_reentrant=False) if torch.is_grad_enabled() else function(*tiles))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
 def base_model(model: Any) -> PreTrainedModel:
     """The transformers model under a PEFT wrapper (adapters stay in force), or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -118,8 +139,13 @@ def answer_logprobs(
     done = 0
     for indices in by_length(pairs, batch_size):
         batch = collate([pairs[i] for i in indices], pad_id, device)
-        logits_NV = vocabulary_logits(model, before_answers(hidden_states(model, batch), batch))
-        logprobs_BT = batch.spread(token_logprobs(logits_NV, batch.targets_N, temperature))
+        hidden_NH = before_answers(hidden_states(model, batch), batch)
+        (logprobs_N,) = by_tiles(
+            lambda hidden, targets: (token_logprobs(vocabulary_logits(model, hidden), targets, temperature),),
+            hidden_NH,
+            batch.targets_N,
+        )
+        logprobs_BT = batch.spread(logprobs_N)
         for row, index in enumerate(indices):
             result[index] = logprobs_BT[row][batch.answer_BT[row]].cpu()
         done += len(indices)

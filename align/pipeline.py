@@ -5,7 +5,7 @@
     3 label    comparisons or a dataset  -> preferences
     4 reward   preferences               -> reward model (adapter + score head on the SFT model)
     5 dpo      preferences               -> policy (adapter on the SFT model)
-    6 ppo      prompts x reward model    -> policy (adapter on the SFT model)
+    6 ppo      prompts x rewards         -> policy (adapter on the SFT model)
     7 compare  held-out prompts x models -> report.html, report.json
 
 A stage runs alone (`run_stage`) or after the others (`run_pipeline`), in this process or, under a launcher, in many.
@@ -60,6 +60,10 @@ def _sampled(config: Config) -> list[str]:
     return [*sft, *(policy for policy in config.sample.policies if policy not in ("base", "sft"))]
 
 
+def _rewarded(config: Config) -> list[str]:
+    return _on_sft(*(["reward"] if "reward" in config.ppo.rewards else []))(config)
+
+
 def _compared(config: Config) -> list[str]:
     trained = [name for name in config.compared_models() if name != "base"]
     return [*trained, *(["reward"] if "reward" in config.stages else [])]
@@ -73,9 +77,7 @@ STAGES = {
     ),
     "reward": Stage("align.reward_model:run_reward", _on_sft("label"), trains=True),
     "dpo": Stage("align.dpo:run_dpo", _on_sft("label"), trains=True),
-    "ppo": Stage(
-        "align.ppo.stage:run_ppo", _on_sft("reward"), ["demonstrations", "prompts", "preferences"], trains=True
-    ),
+    "ppo": Stage("align.ppo.stage:run_ppo", _rewarded, ["demonstrations", "prompts", "preferences"], trains=True),
     "compare": Stage("align.compare.stage:run_compare", _compared, ["demonstrations", "prompts", "preferences"]),
 }
 

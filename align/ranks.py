@@ -1,9 +1,11 @@
-"""The one place that knows about processes: who is first, who waits, and how many there are."""
+"""The one place that knows about processes: who is first, who waits, how many there are, and who holds what."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -44,3 +46,51 @@ def share(value: T) -> T:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
     return value
+
+
+def collect(value: T) -> list[T]:
+    """Every process's value, in the order of the processes, on every process (any picklable object without GPU tensors)."""
+    if world_size() > 1:
+        import torch
+
+        values: list[Any] = [None] * world_size()
+        torch.distributed.all_gather_object(values, value)
+        return values
+    return [value]
+
+
+@contextlib.contextmanager
+def gathered(model: Any, trained_only: bool = False) -> Iterator[None]:
+    """Inside, every process holds the whole weights; what is written to them is lost afterwards.
+
+    Only ZeRO-3 splits weights, and there each layer's hooks gather it for the time of its own forward pass, which all
+    processes must then make together. Inside, the hooks are off: each process may sample for as long as its own answers
+    take. Otherwise this does nothing. All processes must come here.
+
+    Args:
+        model: what the launcher made of the model, or the model.
+        trained_only: only the weights with gradients, to be saved; no forward pass can be made.
+    """
+    split = [p for p in model.parameters() if hasattr(p, "ds_id") and (p.requires_grad or not trained_only)]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
+    with deepspeed.zero.GatheredParameters(split):
+        if offload is None or trained_only:
+            yield
+            return
+        for parameter in model.parameters():
+            parameter.ds_active_sub_modules.clear()
+        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            coordinator = offload.param_coordinator
+            if not coordinator.is_invalid_trace():  # it foresaw a forward pass without the ones made here
+                coordinator._invalidate_trace()
+            offload._register_deepspeed_module(offload.module)

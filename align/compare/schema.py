@@ -62,6 +62,23 @@ class ModelFigures(TypedDict):
     perplexity: MeanFigure | None  # on held-out demonstrations
 
 
+class Finding(TypedDict):
+    """What a PPO run's figures say is wrong: who is to blame, how sure, and the sentence with numbers and remedy."""
+
+    check: str
+    culprit: str
+    severity: str
+    sentence: str
+
+
+class PpoCourse(TypedDict):
+    """The PPO run behind the policy: one entry an update, on training prompts, and its diagnosis."""
+
+    score: list[float]  # mean over the update's answers
+    kl: list[float]  # nats per answer
+    findings: list[Finding]
+
+
 class Answer(TypedDict):
     """One model's answer to an example prompt, with each judge's score."""
 
@@ -98,6 +115,7 @@ class Report(TypedDict):
     judges: list[Judge]
     prompts: Prompts
     models: list[ModelFigures]
+    ppo: NotRequired[PpoCourse]
     examples: list[Example]
     lineage: list[LineageStep]
     seeds: dict[str, Any]

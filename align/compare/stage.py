@@ -5,23 +5,26 @@ Writes answers.jsonl, report.json and report.html.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 from align import models, progress, ranks, training
 from align.compare import report as page
 from align.compare import statistics
-from align.compare.schema import Example, ModelFigures, Report, WinRateFigure
+from align.compare.schema import Example, Finding, ModelFigures, PpoCourse, Report, WinRateFigure
 from align.config import Config
 from align.data.load import load_demonstrations, only
 from align.data.render import answer_ids, prompt_ids
 from align.generate import Answer, Partial, batches, generate
 from align.logprobs import Pair, answer_logprobs
+from align.ppo.diagnosis import HEALTH
 from align.runs import Run, lineage, versions
 from align.sample import fitting_prompts, gather_prompts, policy_folder, sft_model
 from labeling_ui.panel import HiddenPreference, preferred
-from reward.records import InputError, Record, digest, prompt_text, write_jsonl
+from reward.records import InputError, Record, digest, prompt_text, read_jsonl, write_jsonl
 
 JUDGES = {
     "simulated": (
@@ -103,6 +106,8 @@ def run_compare(config: Config, run: Run) -> dict[str, Any]:
         versions=versions(),
         settings=section.model_dump(mode="json") | {"test_share": config.data.test_share},
     )
+    if "ppo" in names:
+        report["ppo"] = ppo_course(config.folder("ppo"))
     path = page.write_report(report, run.folder)
     progress.table(page.terminal_table(report))
     for sentence in [*report["notices"], *report["verdict"]]:
@@ -229,6 +234,20 @@ def reward_scores(config: Config, pairs: dict[str, list[Pair]], tokenizer: Any) 
     del model
     training.release()
     return scores
+
+
+def ppo_course(folder: Path) -> PpoCourse:
+    """Score and KL of every update of a finished ppo stage, and what its diagnosis found."""
+    # The last line of an update wins: one that was done again after a kill has two.
+    lines = {line["update"]: line for line in read_jsonl(folder / "metrics.jsonl") if "objective/kl" in line}
+    updates = [lines[number] for number in sorted(lines)]
+    health = json.loads((folder / HEALTH).read_text("utf-8"))
+    keys = ("check", "culprit", "severity", "sentence")
+    return {
+        "score": [update["objective/score"] for update in updates],
+        "kl": [update["objective/kl"] for update in updates],
+        "findings": [cast(Finding, {key: finding[key] for key in keys}) for finding in health["findings"]],
+    }
 
 
 def notices(config: Config, judges: list[str]) -> list[str]:

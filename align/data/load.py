@@ -183,8 +183,14 @@ def conversation(value: Any, where: str) -> list[Message]:
     return turns
 
 
+# Columns of an answer, or of the whole the prompt was taken from.
+_ANSWERS = {"completion", "chosen", "rejected", "messages", "instruction", "input", "output"}
+
+
 def unique_prompts(*groups: Iterable[Record]) -> list[Record]:
     """`{prompt, prompt_id, split}` of all groups, each prompt once, in order of first appearance.
+
+    Columns that are not answers ride along: a reward function may ask for them.
 
     Raises:
         InputError: two files put one prompt on different sides.
@@ -192,7 +198,8 @@ def unique_prompts(*groups: Iterable[Record]) -> list[Record]:
     seen: dict[str, Record] = {}
     for record in (record for group in groups for record in group):
         key = prompt_id(record["prompt"])
-        first = seen.setdefault(key, {"prompt": record["prompt"], "prompt_id": key, "split": record["split"]})
+        riders = {name: value for name, value in record.items() if name not in _ANSWERS}
+        first = seen.setdefault(key, {**riders, "prompt_id": key})
         if first["split"] != record["split"]:
             raise InputError(
                 f"the prompt {_short(record['prompt'][-1]['content'])} is {first['split']} in one file and "

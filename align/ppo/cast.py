@@ -1,43 +1,66 @@
-"""The cast of PPO on one shared base: policy, value, reward and reference, holding the base weights once.
+"""The cast of PPO: policy, value, reference and reward, holding the base weights once where that is possible.
 
-With a LoRA policy, one `PeftModel` carries two adapters on the frozen SFT model: "default" (the policy, trained) and
-"reward" (frozen). The reference is the same model with adapters off. The value is a linear head on the policy's last
-hidden states, so one forward pass serves both. The reward is the reward stage's adapter and score head.
+With a LoRA policy one `PeftModel` carries the adapters: "default" (the policy, trained), "reward" (frozen) and, if
+asked for, "value" (trained). The reference is the same model with adapters off. By default the value is a linear head
+on the policy's own last hidden states, so that one forward pass serves both.
 
-With `adapter: null` the policy is a whole model of its own, and the frozen SFT model beside it plays reference and
-carries the reward adapter. A reward model that is itself a whole model is held as a third.
+Without an adapter the policy is a whole model, and a frozen copy of it is the reference. A reward may also be a model
+of its own on any base, a function, or a weighted sum of several: see `align.ppo.rewards`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from align import models
-from align.config import Config
-from align.logprobs import Batch, before_answers, hidden_states, vocabulary_logits
-from align.ppo.maths import token_entropy, token_logprobs
+from align.logprobs import Batch, base_model, before_answers, by_tiles, collate, hidden_states, vocabulary_logits
+from align.ppo.maths import full_kl, token_entropy, token_logprobs
+from align.ppo.rewards import Episodes, Mixture, Reward, as_reward, same_tokenizer
 from reward.records import InputError, file_digest
 
 VALUE_HEAD = "value_head.safetensors"
 
 
+class PolicyOutput(NamedTuple):
+    """What one forward pass tells of the answers of a batch; zero off the answer."""
+
+    logprobs_BT: Tensor  # nats, at the sampling temperature
+    value_BT: Tensor  # of the state before the t-th answer token, in reward units
+    entropy_BT: Tensor  # nats, at the sampling temperature
+    ptx_nll: Tensor  # scalar: summed negative log-likelihood of the demonstrations' answers, in nats; 0 without them
+
+
+class Views(NamedTuple):
+    """What policy, value and reference say of the episodes at rollout time."""
+
+    logprobs_BT: Tensor
+    ref_logprobs_BT: Tensor
+    value_BT: Tensor
+    entropy_BT: Tensor
+    kl_BT: Tensor | None  # the full KL, where it was asked for
+
+
 class PolicyWithValue(nn.Module):
-    """What is trained: the policy's adapter (or weights) and the value head, behind one forward pass.
+    """What is trained: the policy's adapter (or weights) and the critic, behind one forward pass.
 
     It is the module that launchers wrap, so everything with a gradient passes through `forward`.
+
+    Args:
+        value_adapter: the critic has an adapter "value" of its own on `policy` instead of sharing the policy's.
     """
 
-    def __init__(self, policy: Any, temperature: float) -> None:
+    def __init__(self, policy: Any, temperature: float, value_adapter: bool = False) -> None:
         super().__init__()
         self.policy = policy
         self.temperature = temperature
+        self.value_adapter = value_adapter
         self.config = policy.config  # launchers size their buffers by it
         hidden = policy.config.get_text_config().hidden_size
         self.value_head = nn.Linear(hidden, 1, device=next(policy.parameters()).device)
@@ -45,36 +68,76 @@ class PolicyWithValue(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprobs_BT, value_BT, entropy_BT) of the batch's answers: nats, reward units, nats; zero off the answer.
+    def forward(
+        self, batch: Batch, ptx: Batch | None = None, entropy_gradient: bool = False, critic_only: bool = False
+    ) -> PolicyOutput:
+        """One pass over `batch`, and one over the demonstrations `ptx`.
 
-        value_BT[b, t] is the value of the state before the t-th answer token: the prompt and the tokens before it.
+        Args:
+            entropy_gradient: the entropy is part of the loss; else it is a figure to log.
+            critic_only: keep the value's gradient out of a trunk that the policy shares.
         """
         hidden_NH = before_answers(hidden_states(self.policy, batch), batch)
-        logits_NV = vocabulary_logits(self.policy, hidden_NH)
-        logprobs_N = token_logprobs(logits_NV, batch.targets_N, self.temperature)
-        with torch.no_grad():
-            entropy_N = token_entropy(logits_NV, self.temperature)
-        value_N = self.value_head(hidden_NH.to(self.value_head.weight.dtype))[:, 0].float()
-        return batch.spread(logprobs_N), batch.spread(value_N), batch.spread(entropy_N)
+
+        def head(hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+            logits_NV = vocabulary_logits(self.policy, hidden_NH)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+                entropy_N = token_entropy(logits_NV, self.temperature)
+            return token_logprobs(logits_NV, targets_N, self.temperature), entropy_N
+
+        logprobs_N, entropy_N = by_tiles(head, hidden_NH, batch.targets_N)
+        ptx_nll = logprobs_N.new_zeros(())
+        if ptx is not None:
+            ptx_NH = before_answers(hidden_states(self.policy, ptx), ptx)
+
+            def likelihood(hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor]:
+                return (token_logprobs(vocabulary_logits(self.policy, hidden_NH), targets_N, 1.0),)
+
+            ptx_nll = -by_tiles(likelihood, ptx_NH, ptx.targets_N)[0].sum()
+        value_NH = self._value_states(batch) if self.value_adapter else hidden_NH
+        if critic_only and not self.value_adapter:
+            value_NH = value_NH.detach()
+        value_N = self.value_head(value_NH.to(self.value_head.weight.dtype))[:, 0].float()
+        return PolicyOutput(batch.spread(logprobs_N), batch.spread(value_N), batch.spread(entropy_N), ptx_nll)
+
+    def values(self, batch: Batch, hidden_NH: Tensor) -> Tensor:
+        """Values N from the policy's hidden states, or from the critic's own where it has an adapter."""
+        value_NH = self._value_states(batch) if self.value_adapter else hidden_NH
+        return self.value_head(value_NH.to(self.value_head.weight.dtype))[:, 0].float()
+
+    def _value_states(self, batch: Batch) -> Tensor:
+        with switched(self.policy, "value"):
+            return before_answers(hidden_states(self.policy, batch), batch)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        if self.value_adapter:
+            raise InputError(
+                "gradient_checkpointing computes layers again when another adapter may be active: switch it off, or "
+                "let the critic share the policy's adapter (value_adapter: false)."
+            )
         self.policy.gradient_checkpointing_enable(**kwargs)
-        self.policy.enable_input_require_grads()
+        if is_peft(self.policy):
+            self.policy.enable_input_require_grads()
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that are trained; none where the whole policy is."""
+        return ["default", *(["value"] if self.value_adapter else [])] if is_peft(self.policy) else []
 
     def save(self, folder: Path) -> None:
-        """Write the policy in PEFT or Hugging Face layout and the value head beside it."""
-        self.policy.save_pretrained(folder, **({"selected_adapters": ["default"]} if _is_peft(self.policy) else {}))
+        """Write the policy in PEFT or Hugging Face layout and the critic beside it."""
+        self.policy.save_pretrained(folder, **({"selected_adapters": self.adapters} if self.adapters else {}))
         save_file({k: v.contiguous() for k, v in self.value_head.state_dict().items()}, folder / VALUE_HEAD)
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, into this module."""
-        if _is_peft(self.policy):
-            from peft import set_peft_model_state_dict
-            from peft.utils import load_peft_weights
+        from peft import set_peft_model_state_dict
+        from peft.utils import load_peft_weights
 
-            set_peft_model_state_dict(self.policy, load_peft_weights(str(folder), device="cpu"), "default")
-        else:
+        for name in self.adapters:
+            place = folder if name == "default" else folder / name
+            set_peft_model_state_dict(self.policy, load_peft_weights(str(place), device="cpu"), name)
+        if not self.adapters:
             weights: dict[str, Tensor] = {}
             for file in folder.glob("model*.safetensors"):
                 weights |= load_file(file)
@@ -84,98 +147,210 @@ class PolicyWithValue(nn.Module):
 
 
 class Cast:
-    """Everyone PPO needs, built from run folders. `trained` is the only member with gradients."""
+    """Everyone PPO needs. `trained` is the only member with gradients.
 
-    def __init__(
-        self, trained: PolicyWithValue, frozen: Any, score_head: Tensor | None, reward_model: Any | None
-    ) -> None:
-        self.trained, self.frozen = trained, frozen
-        self.score_head, self.reward_model = score_head, reward_model
+    Args:
+        reference: the policy's own `PeftModel`, which is the reference with its adapters off, or a frozen model.
+        rewards: what the policy is to climb.
+    """
+
+    def __init__(self, trained: PolicyWithValue, reference: Any, rewards: Mixture) -> None:
+        self.trained, self.reference, self.rewards = trained, reference, rewards
+
+    @torch.no_grad()
+    def look(self, batch: Batch, with_full_kl: bool = False) -> Views:
+        """Policy, value and reference of a batch; no vocabulary row outlives its tile."""
+        policy, temperature = self.trained.policy, self.trained.temperature
+        hidden_NH = before_answers(hidden_states(policy, batch), batch)
+        ref_NH = self._reference_states(batch)
+
+        def head(hidden_NH: Tensor, ref_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, ...]:
+            logits_NV, ref_NV = vocabulary_logits(policy, hidden_NH), vocabulary_logits(self.reference, ref_NH)
+            both = token_logprobs(logits_NV, targets_N, temperature), token_logprobs(ref_NV, targets_N, temperature)
+            kl_N = full_kl(logits_NV, ref_NV, temperature) if with_full_kl else both[0] - both[1]
+            return *both, token_entropy(logits_NV, temperature), kl_N
+
+        logprobs_N, ref_N, entropy_N, kl_N = by_tiles(head, hidden_NH, ref_NH, batch.targets_N)
+        value_N = self.trained.values(batch, hidden_NH)
+        logprobs_BT, ref_BT, value_BT, entropy_BT, kl_BT = map(
+            batch.spread, (logprobs_N, ref_N, value_N, entropy_N, kl_N)
+        )
+        return Views(logprobs_BT, ref_BT, value_BT, entropy_BT, kl_BT if with_full_kl else None)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities BT (nats) of the answers under the reference, at the sampling temperature."""
-        with self._adapter(None):
-            hidden_NH = before_answers(hidden_states(self.frozen, batch), batch)
-            logits_NV = vocabulary_logits(self.frozen, hidden_NH)
-        return batch.spread(token_logprobs(logits_NV, batch.targets_N, self.trained.temperature))
+
+        def head(hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor]:
+            return (token_logprobs(vocabulary_logits(self.reference, hidden_NH), targets_N, self.trained.temperature),)
+
+        return batch.spread(by_tiles(head, self._reference_states(batch), batch.targets_N)[0])
+
+    def _reference_states(self, batch: Batch) -> Tensor:
+        with switched(self.reference, None) if is_peft(self.reference) else contextlib.nullcontext():
+            return before_answers(hidden_states(self.reference, batch), batch)
+
+
+class AdapterReward:
+    """The reward stage's adapter "reward" and score head 1H on `model`, which other roles share.
+
+    It reads the policy's tokens as they are, at the answer's last one.
+    """
+
+    name = "reward_model"
+
+    def __init__(self, model: Any, head_1H: Tensor, batch_size: int) -> None:
+        self.model, self.head_1H, self.batch_size = model, head_1H, batch_size
 
     @torch.no_grad()
-    def scores(self, batch: Batch) -> Tensor:
-        """The reward model's score B of each prompt and answer, read at the answer's last token."""
+    def __call__(self, episodes: Episodes) -> list[float | None]:
+        pairs = list(zip(episodes.prompt_ids, episodes.completion_ids, strict=True))
+        device = next(self.model.parameters()).device
+        scores: list[float | None] = [None] * len(pairs)
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        with switched(self.model, "reward"):
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                for row, score in zip(rows, self._scores(collate([pairs[i] for i in rows], 0, device)), strict=True):
+                    scores[row] = score
+        return scores
+
+    def _scores(self, batch: Batch) -> list[float]:
+        hidden_BSH = hidden_states(self.model, batch)
         last_B = batch.attention_BS.sum(1) - 1
-        if self.reward_model is not None:
-            logits = self.reward_model(input_ids=batch.ids_BS, attention_mask=batch.attention_BS.long()).logits
-            return logits[:, 0].float()
-        assert self.score_head is not None
-        with self._adapter("reward"):
-            hidden_BSH = hidden_states(self.frozen, batch)
         last_BH = hidden_BSH[torch.arange(len(last_B), device=last_B.device), last_B]
-        return (last_BH.to(self.score_head.dtype) @ self.score_head[0]).float()
+        return (last_BH.float() @ self.head_1H[0].to(last_BH.device)).tolist()
 
-    @contextlib.contextmanager
-    def _adapter(self, name: str | None) -> Iterator[None]:
-        """Another adapter, or none, for the time of a block; the policy's gradients are as before afterwards."""
-        if not _is_peft(self.frozen):
-            assert name is None
-            yield
-            return
-        active = self.frozen.active_adapter
-        try:
-            if name is None:
-                with self.frozen.disable_adapter():
-                    yield
-            else:
-                self.frozen.set_adapter(name)
+
+@contextlib.contextmanager
+def switched(model: Any, adapter: str | None) -> Iterator[None]:
+    """Another adapter of a `PeftModel`, or none, for the time of a block; what has gradients stays as it was."""
+    active = model.active_adapter
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        if adapter is None:
+            with model.disable_adapter():
                 yield
-        finally:
-            # PEFT marks whatever adapter is active as trainable.
-            self.frozen.set_adapter(active)
-            if self.frozen is not self.trained.policy:
-                self.frozen.requires_grad_(False)
+        else:
+            model.set_adapter(adapter)
+            _only(model, trained)
+            yield
+    finally:
+        model.set_adapter(active)  # PEFT marks whatever adapter is active as trainable, and the others as not
+        _only(model, trained)
 
 
-def build_cast(config: Config, base: str, reward_folder: Path) -> Cast:
-    """The cast of a pipeline: policy on `base`, reward from the reward stage's `model` folder.
+def _only(model: Any, trained: Sequence[nn.Parameter]) -> None:
+    keep = {id(parameter) for parameter in trained}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in keep)
+
+
+def build_cast(
+    model: Any,
+    rewards: Sequence[Any],
+    tokenizer: Any,
+    *,
+    peft_config: Any = None,
+    temperature: float = 1.0,
+    value_adapter: bool = False,
+    reward_weights: Sequence[float] | None = None,
+    reward_tokenizers: Sequence[Any] | None = None,
+    batch_size: int = 16,
+) -> Cast:
+    """The cast around a policy.
+
+    Args:
+        model: a `PreTrainedModel` (trained whole, or under `peft_config`), or a `PeftModel` whose active adapter,
+            named "default", is trained.
+        rewards: each as `as_reward` takes it. A folder with a PEFT adapter on the policy's own base is hung on that
+            base instead of being loaded beside it.
+        reward_tokenizers: for rewards given as loaded models; None for the others.
+        batch_size: rows a forward pass of a reward model.
 
     Raises:
-        InputError: the reward adapter belongs to another base, or its score head is missing.
+        InputError: a reward does not fit, or `value_adapter` without an adapter.
     """
-    from peft import PeftConfig, get_peft_model
+    from peft import get_peft_model
 
-    section = config.ppo
-    shared_reward = (reward_folder / "adapter_config.json").is_file()
-    if shared_reward:
-        reward_base = str(PeftConfig.from_pretrained(str(reward_folder)).base_model_name_or_path)
-        if not _same_weights(Path(reward_base), Path(base)):
+    if is_peft(model):
+        if peft_config is not None:
+            raise InputError("the model is a PeftModel and a peft_config is given as well: give one of the two.")
+        if model.active_adapters != ["default"]:
             raise InputError(
-                f"the reward model stands on {reward_base}, but the policy on {base}: train `reward` again."
+                f"the policy's active adapters are {model.active_adapters}: one, named 'default', is trained."
             )
-    frozen = models.load_causal_lm(base, config.model)
-    frozen.requires_grad_(False)
-    if section.adapter:
-        policy: Any = get_peft_model(frozen, models.lora_config(section.adapter, "CAUSAL_LM"))
-        frozen = policy
-    else:
-        policy = models.load_causal_lm(base, config.model)
-    for module in policy.modules():
+        if type(model.peft_config["default"]).__name__ != "LoraConfig":
+            kind = type(model.peft_config["default"]).__name__
+            raise InputError(f"the policy's adapter is a {kind}; PPO trains LoRA or every weight.")
+        peft_config = model.peft_config["default"]
+    elif peft_config is not None:
+        model.requires_grad_(False)
+        model = get_peft_model(model, peft_config)
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the ratio of new to old policy must measure learning, not dropout
-    score_head = None
-    if shared_reward:
-        frozen, score_head = add_reward(frozen, reward_folder)
-        reward_model = None
+    if is_peft(model):
+        reference = model
     else:
-        reward_model = models.load_reward_model(str(reward_folder), config.model).eval()
-    return Cast(PolicyWithValue(policy, section.temperature), frozen, score_head, reward_model)
+        if value_adapter:
+            raise InputError("value_adapter puts the critic in an adapter of its own, but the policy has none.")
+        reference = copy.deepcopy(model).eval().requires_grad_(False)
+    tokenizers = list(reward_tokenizers) if reward_tokenizers else [None] * len(rewards)
+    if len(tokenizers) != len(rewards):
+        raise InputError(
+            f"there are {len(tokenizers)} reward tokenizers for {len(rewards)} rewards: give one for each."
+        )
+    named: list[Reward] = []
+    for thing, reward_tokenizer in zip(rewards, tokenizers, strict=True):
+        if isinstance(thing, (str, Path)) and _is_adapter_on(thing, model):
+            if any(isinstance(r, AdapterReward) for r in named):
+                raise InputError(f"{thing} is a second reward adapter on the policy's base: one can share it.")
+            _same_tokenizer(Path(thing), tokenizer)
+            reference, head_1H = add_reward(reference, Path(thing))
+            named.append(AdapterReward(reference, head_1H, batch_size))
+        else:
+            named.append(as_reward(thing, reward_tokenizer, batch_size=batch_size))
+    if value_adapter:
+        active = model.active_adapter
+        model.add_adapter("value", copy.deepcopy(peft_config))
+        model.set_adapter(active)
+        for name, parameter in model.named_parameters():
+            if ".value." in name:
+                parameter.requires_grad_(True)
+    trained = PolicyWithValue(model, temperature, value_adapter)
+    return Cast(trained, model if is_peft(model) else reference, Mixture(named, reward_weights))
 
 
-def _same_weights(a: Path, b: Path) -> bool:
+def _is_adapter_on(folder: str | Path, model: Any) -> bool:
+    """Whether `folder` holds a PEFT adapter whose base has the same weights as the policy's."""
+    from peft import PeftConfig
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return False
+    its, ours = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path), base_model(model).name_or_path
+    return its == ours or same_weights(Path(its), Path(ours))
+
+
+def same_weights(a: Path, b: Path) -> bool:
     """Whether two model folders are one, or copies of one another."""
     if a.resolve() == b.resolve():
         return True
     digests = [{file.name: file_digest(file) for file in folder.glob("*.safetensors")} for folder in (a, b)]
     return bool(digests[0]) and digests[0] == digests[1]
+
+
+def _same_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Refuse a reward adapter trained on other tokens than the policy's; a folder without tokenizer has its base's."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    if difference := same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(str(folder))):
+        raise InputError(
+            f"the reward adapter {folder} reads the policy's tokens, but was trained with another tokenizer: "
+            f"{difference}. Train it again on the policy's."
+        )
 
 
 def add_reward(model: Any, folder: Path) -> tuple[Any, Tensor]:
@@ -184,20 +359,25 @@ def add_reward(model: Any, folder: Path) -> tuple[Any, Tensor]:
     The adapter was trained on the sequence classifier of the same base, whose decoder has the same module names.
 
     Raises:
-        InputError: weights are missing, left over, or there is no score head.
+        InputError: weights are missing, left over, or there is no score head with one output.
     """
     from peft import PeftConfig, PeftModel, TaskType, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     weights = load_peft_weights(str(folder), device="cpu")
     heads = [name for name in weights if ".score." in name]
-    if len(heads) != 1 or weights[heads[0]].shape[0] != 1:
+    if len(heads) != 1:
         raise InputError(f"{folder} has no score head with one output ({len(heads)} found): train `reward` again.")
-    head_1H = weights.pop(heads[0]).to(models.device(), torch.float32)
+    if weights[heads[0]].shape[0] != 1:
+        raise InputError(f"{folder} has {weights[heads[0]].shape[0]} labels: a reward model has one.")
+    head_1H = weights.pop(heads[0]).to(next(model.parameters()).device, torch.float32)
     config = PeftConfig.from_pretrained(str(folder))
     config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, True
-    if _is_peft(model):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if is_peft(model):
+        active = model.active_adapter
         model.add_adapter("reward", config)
+        model.set_adapter(active)
     else:
         model = PeftModel(model, config, adapter_name="reward")
     result = set_peft_model_state_dict(model, weights, "reward")
@@ -206,13 +386,11 @@ def add_reward(model: Any, folder: Path) -> tuple[Any, Tensor]:
         raise InputError(
             f"{folder} does not fit its base: {len(missing)} weights missing, {len(result.unexpected_keys)} left over."
         )
-    for name, parameter in model.named_parameters():
-        if ".reward." in name:
-            parameter.requires_grad_(False)
+    _only(model, trained)
     return model, head_1H
 
 
-def _is_peft(model: Any) -> bool:
+def is_peft(model: Any) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)

@@ -9,9 +9,9 @@ Legend, used in every name below:
     where       bool, any shape, True on the entries that count
 
 Logarithms are natural, so log-probabilities, KL and entropy are in nats. Means are over tokens and local to
-the tensors handed in; `normaliser` and `moments` are how a caller makes them global. Computation is in
-float32 or better whatever the inputs are. Padding is never read: it may hold NaN, it gets exactly 0 in every
-output and exactly 0 gradient.
+the tensors handed in; `normaliser`, `moments` and sums of moments are how a caller makes them global.
+Computation is in float32 or better whatever the inputs are. Padding is never read: it may hold NaN, it gets
+exactly 0 in every output and exactly 0 gradient.
 
 Every function that takes a mask raises ValueError if the mask is not bool or differs in shape from the
 values: broadcasting one against the other is silent and always wrong.
@@ -23,9 +23,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-KLEstimator = Literal["k1", "k2", "k3"]
+KLEstimator = Literal["k1", "k2", "k3", "full"]
 
 _WHITEN_EPS = 1e-8
+_ROUNDING = 1e-12  # a variance below this share of the mean square is rounding left by equal numbers
 _MAX_KL_ERROR = 0.2  # arXiv 1909.08593, section 2.2
 
 
@@ -36,6 +37,9 @@ class PolicyLoss(NamedTuple):
     clip_fraction: Tensor  # share of tokens whose loss the clip raised, and whose gradient is therefore 0
     approx_kl: Tensor  # KL(old policy || policy), nats per token, k3
     ratio_mean: Tensor  # policy / old policy
+    # Share of tokens whose loss the dual clip lowered, and whose gradient is therefore 0. None of them is in
+    # clip_fraction: there a negative advantage has a ratio below 1, here one above.
+    dual_clip_fraction: Tensor
 
 
 class ValueLoss(NamedTuple):
@@ -151,7 +155,7 @@ def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, answer_BT: Tensor,
     is 0, of k2 that of KL(policy || reference), of k3 that of KL(reference || policy).
 
     Raises:
-        ValueError: the estimator is none of the three.
+        ValueError: the estimator is "full", which no sample can give, or unknown.
     """
     log_ratio_BT = _inside(logprobs_BT, answer_BT) - _inside(ref_logprobs_BT, answer_BT)
     if estimator == "k1":
@@ -160,7 +164,34 @@ def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, answer_BT: Tensor,
         return log_ratio_BT.square() / 2
     if estimator == "k3":
         return torch.expm1(-log_ratio_BT) + log_ratio_BT
+    if estimator == "full":
+        raise ValueError("The full KL needs the logits of both models, not log-probabilities of tokens; see full_kl.")
     raise ValueError(f"The KL estimator is {estimator!r}; it must be 'k1', 'k2' or 'k3'.")
+
+
+def full_kl(logits_NV: Tensor, ref_logits_NV: Tensor, temperature: float) -> Tensor:
+    """KL(policy || reference) in nats, exact: the expectation of k1 over the whole vocabulary; shape (N,).
+
+    Both are softmax(logits / temperature), as in `token_logprobs`. Forbidden tokens may have logit -inf: those
+    the policy forbids count 0, and one that only the reference forbids makes the KL infinite, its gradient NaN.
+    Both arguments have a gradient.
+
+    Raises:
+        ValueError: the temperature is not positive, or the two shapes differ.
+    """
+    if logits_NV.shape != ref_logits_NV.shape:
+        raise ValueError(
+            f"The policy's logits have shape {tuple(logits_NV.shape)} and the reference's "
+            f"{tuple(ref_logits_NV.shape)}; both need the same positions and the same vocabulary."
+        )
+    logprobs_NV = _log_softmax(logits_NV, temperature)
+    ref_logprobs_NV = _log_softmax(ref_logits_NV, temperature)
+    probs_NV = logprobs_NV.exp()
+    # Where the policy has no mass the difference may be infinite or NaN, and 0 times it NaN, also backwards.
+    log_ratio_NV = (logprobs_NV - ref_logprobs_NV).masked_fill(probs_NV == 0, 0)
+    kl_N = (probs_NV * log_ratio_NV).sum(-1)
+    # Rounding can leave -1e-8. A plain clamp would cut the gradient there.
+    return kl_N - kl_N.detach().clamp(max=0)
 
 
 @torch.no_grad()
@@ -223,33 +254,55 @@ def policy_loss(
     answer_BT: Tensor,
     cliprange: float,
     normaliser: float | None = None,
+    *,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """PPO's clipped surrogate, arXiv 1707.06347 equation (7), negated; a mean over answer tokens.
+
+    Two optional bounds. Clip-higher, arXiv 2503.14476 equation (10): the ratio's upper bound is a number of its
+    own, so that unlikely tokens can gain more than 1 + epsilon. Dual clip, arXiv 1912.09729 equation (5): where
+    the advantage A is negative the objective is max(min(...), c A). PPO's clip leaves that side open, so a
+    single token much likelier now than when it was sampled can outweigh all others.
 
     Args:
         old_logprobs_BT: of the policy that sampled the answers, constant over the PPO epochs; no gradient.
         advantage_BT: no gradient.
         cliprange: epsilon; the ratio policy / old policy gains nothing by leaving 1 +- epsilon.
+        cliprange_high: epsilon_high; the upper bound is 1 + epsilon_high. None: epsilon.
+        dual_clip: c, above 1; a token of negative advantage A loses at most -c A. None: no such bound.
         normaliser: number of tokens to divide by, by default the answer tokens here. With the count of the
             whole batch, the losses and gradients of its micro-batches add up to the batch's. Where data
             parallelism averages gradients over ranks, pass the global count divided by the number of ranks.
 
     Raises:
-        ValueError: no answer token and no normaliser, or a normaliser that is not positive.
+        ValueError: no answer token and no normaliser, a normaliser that is not positive, cliprange_high below 0,
+            or dual_clip not above 1.
     """
+    if cliprange_high is None:
+        cliprange_high = cliprange
+    elif not cliprange_high >= 0:
+        raise ValueError(f"cliprange_high is {cliprange_high}; it must be 0 or more, or None for {cliprange}.")
+    if dual_clip is None:
+        dual_clip = math.inf
+    elif not dual_clip > 1:
+        raise ValueError(f"dual_clip is {dual_clip}; it must be above 1, or ratios of 1 would be clipped.")
     logprobs_BT = _inside(logprobs_BT, answer_BT)
     old_logprobs_BT = _inside(old_logprobs_BT, answer_BT).detach()
     advantage_BT = _inside(advantage_BT, answer_BT).detach()
 
     ratio_BT = (logprobs_BT - old_logprobs_BT).exp()
     unclipped_BT = -advantage_BT * ratio_BT
-    clipped_BT = -advantage_BT * ratio_BT.clamp(1 - cliprange, 1 + cliprange)
+    clipped_BT = -advantage_BT * ratio_BT.clamp(1 - cliprange, 1 + cliprange_high)
+    surrogate_BT = torch.maximum(unclipped_BT, clipped_BT)
+    ceiling_BT = torch.where(advantage_BT < 0, -advantage_BT * dual_clip, math.inf)
     kl_BT = kl_estimate(old_logprobs_BT, logprobs_BT.detach(), answer_BT, "k3")
     return PolicyLoss(
-        loss=_token_mean(torch.maximum(unclipped_BT, clipped_BT), answer_BT, normaliser),
+        loss=_token_mean(torch.minimum(surrogate_BT, ceiling_BT), answer_BT, normaliser),
         clip_fraction=_token_mean(clipped_BT > unclipped_BT, answer_BT, normaliser),
         approx_kl=_token_mean(kl_BT, answer_BT, normaliser),
         ratio_mean=_token_mean(ratio_BT.detach(), answer_BT, normaliser),
+        dual_clip_fraction=_token_mean(surrogate_BT > ceiling_BT, answer_BT, normaliser),
     )
 
 
@@ -289,18 +342,61 @@ def value_loss(
 
 
 def explained_variance(value_BT: Tensor, return_BT: Tensor, answer_BT: Tensor) -> Tensor:
-    """1 - Var(return - value) / Var(return) over answer tokens, a scalar.
-
-    1 is a perfect value head up to a constant, 0 no better than a constant, below 0 worse. NaN where all
-    returns are equal: there is nothing to explain.
+    """1 - Var(return - value) / Var(return) over the answer tokens here, a scalar; see `variance_explained`.
 
     Raises:
         ValueError: no answer token.
     """
-    return_var = masked_var(return_BT, answer_BT, unbiased=False)
     residual_BT = _inside(return_BT, answer_BT) - _inside(value_BT, answer_BT)
-    residual_var = masked_var(residual_BT, answer_BT, unbiased=False)
-    return torch.where(return_var > 0, 1 - residual_var / return_var, math.nan)
+    explained = variance_explained(masked_moments(return_BT, answer_BT), masked_moments(residual_BT, answer_BT))
+    return explained.to(residual_BT.dtype)
+
+
+def variance_explained(return_moments_3: Tensor, residual_moments_3: Tensor) -> Tensor:
+    """1 - Var(return - value) / Var(return), a float64 scalar, from `masked_moments` summed over all ranks.
+
+    1 is a perfect value head up to a constant, 0 no better than a constant, below 0 worse. NaN where all
+    returns are equal: there is nothing to explain. An average of the ranks' own figures would be another
+    number, as each measures against its own mean return.
+
+    Args:
+        return_moments_3: of the returns.
+        residual_moments_3: of return - value, over the same tokens.
+
+    Raises:
+        ValueError: the counts are 0, or differ.
+    """
+    returns, residuals = float(return_moments_3[0]), float(residual_moments_3[0])
+    if returns != residuals:
+        raise ValueError(f"The moments are of {returns:.0f} returns and {residuals:.0f} residuals; sum both alike.")
+    _, return_var = mean_and_var(return_moments_3)
+    _, residual_var = mean_and_var(residual_moments_3)
+    return torch.where(_varies(return_moments_3), 1 - residual_var / return_var, math.nan)
+
+
+def paired_moments(x_B: Tensor, y_B: Tensor) -> Tensor:
+    """n and the sums of x, y, x^2, y^2 and xy: float64, shape (6,), for `correlation`.
+
+    They add up over ranks like `masked_moments`, and no pairs give zeros.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if x_B.shape != y_B.shape:
+        raise ValueError(f"x has shape {tuple(x_B.shape)} and y {tuple(y_B.shape)}; they must come in pairs.")
+    x_B, y_B = x_B.double(), y_B.double()
+    sums = [x_B, y_B, x_B.square(), y_B.square(), x_B * y_B]
+    return torch.stack([x_B.new_tensor(x_B.numel()), *(values_B.sum() for values_B in sums)])
+
+
+def correlation(sums_6: Tensor) -> float:
+    """Pearson's r in [-1, 1] from (summed) `paired_moments`; NaN below 2 pairs, or where x or y is constant."""
+    x_3, y_3 = sums_6[[0, 1, 3]], sums_6[[0, 2, 4]]
+    if sums_6[0] < 2 or not (_varies(x_3) and _varies(y_3)):
+        return math.nan
+    (mean_x, var_x), (mean_y, var_y) = mean_and_var(x_3), mean_and_var(y_3)
+    covariance = sums_6[5] / sums_6[0] - mean_x * mean_y
+    return float((covariance / (var_x.sqrt() * var_y.sqrt())).clamp(-1, 1))
 
 
 def missing_eos_penalty(score_B: Tensor, finished_B: Tensor, penalty: float) -> Tensor:
@@ -314,6 +410,43 @@ def missing_eos_penalty(score_B: Tensor, finished_B: Tensor, penalty: float) -> 
     _require_mask_of(score_B, finished_B)
     score_B = score_B.to(_at_least_float32(score_B.dtype))
     return torch.where(finished_B, score_B, score_B - penalty)
+
+
+def overlong_penalty(length_B: Tensor, limit: int, buffer: int, penalty: float) -> Tensor:
+    """What to subtract from each score for length, >= 0, in units of score; shape (B,).
+
+    The soft overlong punishment of arXiv 2503.14476 equation (13), where it is negative and `penalty` is 1:
+        0                                               up to limit - buffer tokens
+        penalty * (length - (limit - buffer)) / buffer  from there to the limit
+        penalty                                         beyond
+
+    Args:
+        length_B: answer tokens of each row.
+        limit: L_max, tokens.
+        buffer: L_cache, tokens below the limit over which the penalty rises.
+        penalty: at the limit.
+
+    Raises:
+        ValueError: buffer is not in 1..limit, or the penalty is negative or not finite.
+    """
+    if not 1 <= buffer <= limit:
+        raise ValueError(f"The buffer is {buffer} tokens and the limit {limit}; 1 <= buffer <= limit must hold.")
+    if not 0 <= penalty < math.inf:
+        raise ValueError(f"The penalty is subtracted from the score: it is {penalty} and must be finite, 0 or more.")
+    over_B = (length_B - (limit - buffer)).to(_at_least_float32(length_B.dtype))
+    return penalty * (over_B / buffer).clamp(0, 1)
+
+
+def clip_scores(score_B: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Scores (B,) clamped to [-bound, bound], and the share of them that lay outside, a scalar.
+
+    Raises:
+        ValueError: the bound is not positive.
+    """
+    if not bound > 0:
+        raise ValueError(f"The bound on scores is {bound}; it must be positive.")
+    score_B = score_B.to(_at_least_float32(score_B.dtype))
+    return score_B.clamp(-bound, bound), (score_B.abs() > bound).to(score_B.dtype).mean()
 
 
 def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n_steps: int) -> float:
@@ -372,6 +505,12 @@ def _require_left_aligned(answer_BT: Tensor) -> None:
 def _require_some(count: Tensor) -> None:
     if count == 0:
         raise ValueError("There is no mean of nothing: the mask leaves 0 entries, at least 1 is needed.")
+
+
+def _varies(moments_3: Tensor) -> Tensor:
+    """Whether the numbers differ at all, a bool scalar; False if one of them is NaN or infinite."""
+    _, var = mean_and_var(moments_3)
+    return var > _ROUNDING * moments_3[2] / moments_3[0]
 
 
 def _token_mean(values_BT: Tensor, answer_BT: Tensor, normaliser: float | None) -> Tensor:

@@ -6,197 +6,292 @@ rows. The Trainer's "batch" is a step number; what it stands for is found by cou
 
     step i  ->  update u = i // steps_per_update, pass, mini-batch, micro-batch
 
-The prompts of update u, its sampling seed and its mini-batches are pure functions of (seed, u), and a checkpoint holds
-the rollout in flight, so a resumed run continues exactly.
+The prompts of update u, the random numbers of each answer and the mini-batches are pure functions of the seed and of
+places counted over all processes. Each process samples its part of the update's episodes, then all hold all of them: a
+mini-batch is a slice of one shuffle that is dealt to the processes. So two processes make the update that one would
+make. A checkpoint holds the rollout in flight, so a resumed run continues exactly. An update that is stopped early
+skips to the next one's first number.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer, TrainerCallback
 
+from align import ranks
+from align.config import ModelSection
+from align.decode import stop_ids
+from align.logprobs import Batch, Pair, base_model, collate
 from align.ppo import maths
-from align.ppo.cast import Cast
-from align.ppo.rollout import Rollout, as_batch, sample_episodes, shape_and_estimate
+from align.ppo.cast import build_cast
+from align.ppo.config import PPOConfig
+from align.ppo.diagnosis import Finding, diagnose
+from align.ppo.figures import figures_of
+from align.ppo.prompts import Prompt, read_demonstration, read_prompts
+from align.ppo.rollout import Rollout, as_batch, filler, joined, sample_episodes, shape_and_estimate
 from reward.records import InputError
 
 STATE = "ppo_state_{rank}.pt"
 
 
-@dataclass
-class PPOConfig(TrainingArguments):
-    """Settings of PPO; names follow TRL's last PPOConfig where it had one. See `align.config.PpoSection`."""
-
-    total_episodes: int = field(default=256, metadata={"help": "Episodes in all, over all processes."})
-    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the episodes of an update."})
-    num_mini_batches: int = field(default=1, metadata={"help": "Optimiser steps per pass."})
-    response_length: int = field(default=64, metadata={"help": "Longest answer in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling and of log-probabilities."})
-    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL penalty."})
-    kl_estimator: maths.KLEstimator = field(default="k1", metadata={"help": "k1, k2 or k3."})
-    kl_target: float | None = field(default=None, metadata={"help": "Target KL in nats per answer; None: fixed."})
-    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which kl_coef adapts."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
-    cliprange: float = field(default=0.2, metadata={"help": "Clip range of the policy ratio."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "Clip range of the value."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    whiten_rewards: bool = field(default=False, metadata={"help": "Scale shaped rewards to unit variance."})
-    missing_eos_penalty: float | None = field(default=None, metadata={"help": "Taken from unfinished answers' score."})
-
-    @property
-    def steps_per_update(self) -> int:
-        """Forward passes with gradient per update, on each process."""
-        return self.num_ppo_epochs * self.num_mini_batches * self.gradient_accumulation_steps
-
-    @property
-    def local_episodes(self) -> int:
-        """Episodes per update on each process."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
-
-    @property
-    def num_updates(self) -> int:
-        """Updates in all; the last one is whole even if it passes total_episodes."""
-        return -(-self.total_episodes // (self.local_episodes * self.world_size))
-
-    @property
-    def optimizer_steps(self) -> int:
-        return self.num_updates * self.num_ppo_epochs * self.num_mini_batches
-
-
 class PPOTrainer(Trainer):
-    """Trains `cast.trained` on prompts.
+    """Trains a policy on prompts against a reward.
 
     Args:
-        cast: see `align.ppo.cast`.
-        args: a PPOConfig; `max_steps` is set from `total_episodes`.
-        prompts: tokenised prompts, all on the training side.
-        processing_class: the tokenizer.
+        model: a hub id or folder, a `PreTrainedModel`, or a `PeftModel` whose adapter "default" is trained.
+        reward: what to climb, one or a list. Each is a function `f(prompts, completions, **columns) -> list[float]`
+            as TRL's reward_funcs; `package.module:function`; or a reward model: a sequence classifier with one label,
+            as folder, hub id or loaded. A folder with a reward adapter on the policy's own base shares that base.
+        args: a PPOConfig; its `max_steps` is set from `total_episodes`.
+        train_dataset: rows with `prompt`, text or a conversation; other columns are handed to reward functions.
+        eval_dataset: likewise; `evaluate` samples an answer to each.
+        processing_class: the tokenizer; None: the model's own.
+        reward_processing_classes: tokenizers of rewards given as loaded models, None for the others.
+        ptx_dataset: rows `{prompt, completion}`, mixed in with `ptx_coef`.
+        peft_config: a LoraConfig; without it every weight is trained and a frozen copy is the reference.
 
     Raises:
-        InputError: no prompts, or fewer than an update needs over all processes.
+        InputError: no prompts or fewer than an update needs, prompts without tokens or beyond the context, no stop
+            token, a reward that does not fit.
     """
 
     # The loss is normalised over the whole mini-batch here; the Trainer must not divide it again.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, cast: Cast, args: PPOConfig, prompts: list[list[int]], processing_class: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        reward: Any,
+        args: PPOConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        ptx_dataset: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if isinstance(model, (str, Path)):
+            from align import models
+
+            section = ModelSection(base=str(model))
+            model = models.load_causal_lm(models.base_path(section), section)
+        if processing_class is None:
+            from transformers import AutoTokenizer
+
+            processing_class = AutoTokenizer.from_pretrained(base_model(model).name_or_path)
+        self.stop_ids = args.stop_token_ids or stop_ids(model, processing_class)
+        if not self.stop_ids:
+            raise InputError("neither the tokenizer nor the model has a stop token: set stop_token_ids.")
         self.episodes = args.local_episodes * args.world_size
-        if len(prompts) < self.episodes:
+        self.prompts = read_prompts(train_dataset, processing_class, "train_dataset")
+        self.eval_prompts = (
+            read_prompts(eval_dataset, processing_class, "eval_dataset") if eval_dataset is not None else []
+        )
+        self._check_prompts(args, base_model(model).config)
+        self.ptx = [read_demonstration(row, processing_class) for row in ptx_dataset or []]
+        if bool(self.ptx) != (args.ptx_coef > 0):
             raise InputError(
-                f"ppo has {len(prompts)} prompts, but one update takes {self.episodes} episodes "
+                f"ptx_coef is {args.ptx_coef} and there are {len(self.ptx)} demonstrations: PPO-ptx needs both, "
+                "a positive ptx_coef and a ptx_dataset."
+            )
+        rewards = list(reward) if isinstance(reward, (list, tuple)) else [reward]
+        if reward_processing_classes is not None and not isinstance(reward_processing_classes, (list, tuple)):
+            reward_processing_classes = [reward_processing_classes]
+        self.cast = build_cast(
+            model,
+            rewards,
+            processing_class,
+            peft_config=peft_config,
+            temperature=args.temperature,
+            value_adapter=args.value_adapter,
+            reward_weights=args.reward_weights,
+            reward_tokenizers=reward_processing_classes,
+            batch_size=args.per_device_train_batch_size,
+        )
+        self.cast.rewards.check({name for prompt in self.prompts for name in prompt.columns})
+        args.max_steps = args.optimizer_steps
+        args.ignore_data_skip = True  # the next step's number is part of our own state
+        self.kl_coef = args.kl_coef
+        self.rollout: Rollout | None = None
+        self.rollout_update = -1
+        self.next_step = 0
+        self.history: list[dict[str, float]] = []  # one record an update
+        self.findings: list[Finding] = []
+        self.tell: Callable[[str], object] = logging.getLogger(__name__).warning  # where new findings are said
+        self._figures: dict[str, float] = {}  # of the rollout in flight
+        self._minis: list[dict[str, float]] = []  # of the update's mini-batches so far
+        self._mini: dict[str, float] = {}
+        super().__init__(
+            model=self.cast.trained,
+            args=args,
+            train_dataset=_Steps(args.num_updates * args.steps_per_update),
+            eval_dataset=_Steps(len(self.eval_prompts)) if self.eval_prompts else None,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.cast.reference is not self.cast.trained.policy:
+            self.cast.reference.to(args.device)
+        self.add_callback(_Course(self))
+
+    def _check_prompts(self, args: PPOConfig, config: Any) -> None:
+        if len(self.prompts) < self.episodes:
+            raise InputError(
+                f"ppo has {len(self.prompts)} prompts, but one update takes {self.episodes} episodes "
                 f"(per_device_train_batch_size {args.per_device_train_batch_size} x gradient_accumulation_steps "
                 f"{args.gradient_accumulation_steps} x num_mini_batches {args.num_mini_batches} x {args.world_size} "
                 "processes): give more prompts or make the update smaller."
             )
-        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-            raise InputError(
-                "ppo does not run under ZeRO-3 yet, where no process holds the weights it samples with: use "
-                "configs/accelerate/zero2.yaml."
-            )
-        args.max_steps = args.optimizer_steps
-        self.cast, self.prompts = cast, prompts
-        self.kl_coef = args.kl_coef
-        self.rollout: Rollout | None = None
-        self.rollout_update = -1
-        self._figures: dict[str, list[float]] = {}
-        steps = _Steps(args.num_updates * args.steps_per_update)
-        super().__init__(model=cast.trained, args=args, train_dataset=steps, processing_class=processing_class)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        for index, prompt in enumerate([*self.prompts, *self.eval_prompts]):
+            if context is not None and len(prompt.ids) + args.response_length > context:
+                raise InputError(
+                    f"prompt {index} has {len(prompt.ids)} tokens, and with response_length {args.response_length} it "
+                    f"passes the model's context of {context}: leave out such prompts or lower response_length."
+                )
 
     # -- what a step stands for -------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[int]:
         # Not prepared by the accelerator: every process counts every step and picks its own episodes.
-        return DataLoader(self.train_dataset, batch_size=1, collate_fn=lambda numbers: {"step": numbers[0]})
+        return DataLoader(
+            self.train_dataset,
+            batch_size=1,
+            sampler=_Count(self),
+            collate_fn=lambda numbers: {"step": numbers[0]},
+        )
 
-    def update_prompts(self, update: int) -> list[list[int]]:
-        """This process's prompts of an update: consecutive places in an endless sequence of seeded shuffles."""
+    def places(self, update: int) -> range:
+        """Numbers, in the whole run, of the episodes of an update that this process samples."""
         first = update * self.episodes + self.args.process_index * self.args.local_episodes
-        chosen = []
-        for place in range(first, first + self.args.local_episodes):
-            lap, index = divmod(place, len(self.prompts))
-            chosen.append(self.prompts[_shuffled(len(self.prompts), f"{self.args.seed} lap {lap}")[index]])
-        return chosen
+        return range(first, first + self.args.local_episodes)
+
+    def update_prompts(self, update: int) -> list[Prompt]:
+        """This process's prompts of an update: consecutive places in an endless sequence of seeded shuffles."""
+        count, seed = len(self.prompts), f"{self.args.seed}"
+        return [self.prompts[_place(count, place, seed)] for place in self.places(update)]
+
+    def mini_batch(self, step: int) -> list[int]:
+        """Numbers of the episodes in a step's mini-batch, over all processes: a slice of the pass's own shuffle."""
+        update, within = divmod(step, self.args.steps_per_update)
+        number, mini = divmod(within // self.args.gradient_accumulation_steps, self.args.num_mini_batches)
+        order = _shuffled(self.episodes, f"{self.args.seed} update {update} pass {number}")
+        size = self.episodes // self.args.num_mini_batches
+        return order[mini * size : (mini + 1) * size]
 
     def micro_batch(self, step: int) -> list[int]:
-        """Numbers of the episodes in a step: a slice of the pass's own shuffle."""
-        update, within = divmod(step, self.args.steps_per_update)
-        per_pass = self.args.num_mini_batches * self.args.gradient_accumulation_steps
-        number, micro = divmod(within, per_pass)
-        order = _shuffled(self.args.local_episodes, f"{self.args.seed} update {update} pass {number}")
-        rows = self.args.per_device_train_batch_size
-        return order[micro * rows : (micro + 1) * rows]
+        """Numbers of this process's episodes in a step: its share of the mini-batch.
+
+        What processes pass through the model at a time is of similar length: the mini-batch's gradient is the same,
+        less padding is computed, and nobody waits for the longest.
+        """
+        chosen = self.mini_batch(step)
+        if self.rollout is not None:
+            lengths = [len(prompt) + len(answer) for prompt, answer in self.rollout.pairs]
+            chosen = sorted(chosen, key=lambda i: -lengths[i])
+        rows, micro = self.args.per_device_train_batch_size, step % self.args.gradient_accumulation_steps
+        first = (micro * self.args.world_size + self.args.process_index) * rows
+        return chosen[first : first + rows]
 
     # -- one update -------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Tensor:
-        """The PPO loss of one micro-batch: clipped policy loss + vf_coef x clipped value loss."""
+        """The PPO loss of one micro-batch: its share of the mini-batch's."""
         args, step = self.args, inputs["step"]
-        update, within = divmod(step, args.steps_per_update)
+        update = step // args.steps_per_update
         if update != self.rollout_update:
             self._roll_out(update)
         assert self.rollout is not None
-        indices = self.micro_batch(step)
-        r = self.rollout.rows(indices)
+        r = self.rollout.rows(self.micro_batch(step))
         assert r.advantage_BT is not None and r.return_BT is not None
-        # Tokens of the whole mini-batch: micro-batches then add up to it, and processes average to it.
-        first = within - within % args.gradient_accumulation_steps + update * args.steps_per_update
-        mini = [i for s in range(first, first + args.gradient_accumulation_steps) for i in self.micro_batch(s)]
-        tokens = self._reduce(self.rollout.answer_BT[mini].sum().float()) / args.world_size
-        logprobs_BT, value_BT, _entropy = model(as_batch(r, self.processing_class.pad_token_id))
-        logprobs_BT, value_BT = (_widen(x, r.answer_BT.shape[1]) for x in (logprobs_BT, value_BT))
+        # A process's share of the whole mini-batch's tokens: micro-batches then add up to its mean, and processes average.
+        tokens = float(self.rollout.answer_BT[self.mini_batch(step)].sum()) / args.world_size
+        ptx, ptx_tokens = self._ptx_batch(step)
+        warming_up = update < args.critic_warmup_updates
+        output = model(
+            as_batch(r, self.processing_class),
+            ptx,
+            entropy_gradient=args.entropy_coef > 0,
+            critic_only=warming_up,
+        )
+        size = r.answer_BT.shape[1]
+        logprobs_BT, value_BT, entropy_BT = (_widen(x, size) for x in output[:3])
         policy = maths.policy_loss(
-            logprobs_BT, r.old_logprobs_BT, r.advantage_BT, r.answer_BT, args.cliprange, normaliser=float(tokens)
+            logprobs_BT,
+            r.old_logprobs_BT,
+            r.advantage_BT,
+            r.answer_BT,
+            args.cliprange,
+            tokens,
+            cliprange_high=args.cliprange_high,
+            dual_clip=args.dual_clip,
         )
-        value = maths.value_loss(
-            value_BT, r.old_value_BT, r.return_BT, r.answer_BT, args.cliprange_value, normaliser=float(tokens)
-        )
-        share = args.gradient_accumulation_steps  # the parts are sums over a mini-batch: scale to compare steps
-        self._note(
-            {
-                "loss/policy": policy.loss * share,
-                "loss/value": value.loss * share,
-                "policy/clip_fraction": policy.clip_fraction * share,
-                "policy/approx_kl": policy.approx_kl * share,
-                "value/clip_fraction": value.clip_fraction * share,
-            }
-        )
-        return policy.loss + args.vf_coef * value.loss
+        value = maths.value_loss(value_BT, r.old_value_BT, r.return_BT, r.answer_BT, args.cliprange_value, tokens)
+        entropy = entropy_BT.sum() / tokens
+        ptx_loss = output.ptx_nll / ptx_tokens if self.ptx else output.ptx_nll
+        of_policy = policy.loss - args.entropy_coef * entropy + args.ptx_coef * ptx_loss
+        loss = args.vf_coef * value.loss + (0.0 if warming_up else 1.0) * of_policy
+        with torch.no_grad():
+            ratio_max = (logprobs_BT - r.old_logprobs_BT)[r.answer_BT].max().exp()
+        parts = {
+            "loss/policy": policy.loss,
+            "loss/value": value.loss,
+            "policy/clip_fraction": policy.clip_fraction,
+            "policy/approx_kl": policy.approx_kl,
+            "policy/ratio_mean": policy.ratio_mean,
+            "value/clip_fraction": value.clip_fraction,
+        }
+        if args.dual_clip is not None:
+            parts["policy/dual_clip_fraction"] = policy.dual_clip_fraction
+        if args.entropy_coef > 0:
+            parts["loss/entropy"] = -entropy
+        if self.ptx:
+            parts["loss/ptx"] = ptx_loss
+        self._note(parts, ratio_max)
+        return loss
+
+    def _ptx_batch(self, step: int) -> tuple[Batch | None, float]:
+        """(this micro-batch's demonstrations, a process's share of the answer tokens of the mini-batch's), from
+        their own seeded shuffles."""
+        if not self.ptx:
+            return None, 0.0
+        args, rows, micro = self.args, self.args.per_device_train_batch_size, step % self.args.gradient_accumulation_steps
+
+        def pairs(first: int, count: int) -> list[Pair]:
+            places = range(first, first + count)
+            return [self.ptx[_place(len(self.ptx), place, f"{args.seed} ptx")] for place in places]
+
+        first, size = (step - micro) * args.world_size * rows, self.episodes // args.num_mini_batches
+        tokens = sum(len(answer) for _, answer in pairs(first, size))
+        mine = pairs((step * args.world_size + args.process_index) * rows, rows)
+        return collate(mine, filler(self.processing_class), args.device), tokens / args.world_size
 
     @torch.no_grad()
     def _roll_out(self, update: int) -> None:
-        """Sample and judge the episodes of an update; adapt the KL coefficient; note the update's figures."""
-        args = self.args
-        torch.manual_seed(_seed(f"{args.seed} rollout {update} {args.process_index}"))
-        r = sample_episodes(self.cast, self.processing_class, self.update_prompts(update), args)
-        kl_BT = shape_and_estimate(r, args, self.kl_coef, self._reduce)
-        self.rollout, self.rollout_update = r, update
-        assert r.return_BT is not None and r.reward_BT is not None
-        lengths_B = r.answer_BT.sum(1).float()
-        per_answer = {
-            "objective/kl": kl_BT.sum(1),
-            "objective/score": r.score_B,
-            "objective/rlhf_reward": r.reward_BT.sum(1),
-            "objective/entropy": r.entropy_BT.sum(1) / lengths_B,
-            "episode/length": lengths_B,
-            "episode/finished": r.finished_B.float(),
-        }
-        sums = self._reduce(torch.stack([value.double().sum() for value in per_answer.values()]))
-        figures = dict(zip(per_answer, (sums / self.episodes).tolist(), strict=True))
-        explained = self._reduce(maths.explained_variance(r.old_value_BT, r.return_BT, r.answer_BT).double())
-        figures |= {"value/explained_variance": float(explained) / args.world_size, "objective/kl_coef": self.kl_coef}
-        self._note({**figures, "update": float(update), "episodes": float((update + 1) * self.episodes)})
+        """Sample and judge the episodes of an update, and adapt the KL coefficient for the next."""
+        args, prompts = self.args, self.update_prompts(update)
+        seeds = [_seed(f"{args.seed} answer {place}") for place in self.places(update)]
+        with ranks.gathered(self.model_wrapped):
+            r = sample_episodes(self.cast, self.processing_class, prompts, args, self.stop_ids, seeds)
+        clipped = shape_and_estimate(r, args, self.kl_coef, self._reduce)
+        self.rollout, self.rollout_update = joined(ranks.collect(r.to("cpu"))).to(args.device), update
+        self._figures = figures_of(r, self._reduce) | {"objective/kl_coef": self.kl_coef}
+        if args.reward_clip is not None:
+            self._figures["objective/score_clipped"] = float(self._reduce(clipped)) / args.world_size
         if args.kl_target is not None:
             self.kl_coef = maths.adaptive_kl_coef(
-                self.kl_coef, figures["objective/kl"], args.kl_target, args.kl_horizon, self.episodes
+                self.kl_coef, self._figures["objective/kl"], args.kl_target, args.kl_horizon, self.episodes
             )
         self.cast.trained.train()
 
@@ -204,34 +299,104 @@ class PPOTrainer(Trainer):
         """Sum over all processes."""
         return self.accelerator.reduce(tensor, reduction="sum") if self.args.world_size > 1 else tensor
 
-    # -- logging ----------------------------------------------------------------------------------------------------
+    # -- the course of a run ----------------------------------------------------------------------------------------
 
-    def _note(self, figures: dict[str, Any]) -> None:
-        for name, value in figures.items():
-            plain = float(value.detach() if isinstance(value, Tensor) else value)
-            self._figures.setdefault(name, []).append(plain)
+    def _note(self, parts: Mapping[str, Tensor], ratio_max: Tensor) -> None:
+        """Add a micro-batch's share to the figures of its mini-batch."""
+        for name, part in parts.items():
+            self._mini[name] = self._mini.get(name, 0.0) + float(part.detach())
+        self._mini["policy/ratio_max"] = max(self._mini.get("policy/ratio_max", 0.0), float(ratio_max))
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's log with the means of what was noted since the last one (of this process's losses; figures
-        under objective/ and episode/ are over all processes)."""
-        logs |= {name: sum(values) / len(values) for name, values in self._figures.items()}
-        self._figures.clear()
-        super().log(logs, start_time)
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._mini["grad_norm"] = math.nan if norm is None else float(norm)
+        return norm
+
+    def _mini_batch_done(self) -> None:
+        """After an optimiser step: stop the update early where it went far enough, and close it where it is over."""
+        args, update = self.args, self.rollout_update
+        self._minis.append(self._mini)
+        self._mini = {}
+        if args.early_stop_kl is not None:
+            kl = torch.tensor(self._minis[-1]["policy/approx_kl"], dtype=torch.float64, device=args.device)
+            if float(self._reduce(kl)) / args.world_size > args.early_stop_kl:
+                self.next_step = (update + 1) * args.steps_per_update
+        if self.next_step == (update + 1) * args.steps_per_update:
+            self._close_update()
+
+    def _close_update(self) -> None:
+        names = list(self._minis[0])
+        table = torch.tensor([[mini[name] for name in names] for mini in self._minis], dtype=torch.float64)
+        table = (self._reduce(table.to(self.args.device)) / self.args.world_size).cpu()
+        means = dict(zip(names, table.mean(0).tolist(), strict=True))
+        means["policy/ratio_max"] = float(table[:, names.index("policy/ratio_max")].max())
+        means["policy/approx_kl_last"] = float(table[-1, names.index("policy/approx_kl")])
+        means["policy/passes"] = len(self._minis) / self.args.num_mini_batches
+        record = {**self._figures, **means, "learning_rate": self._get_learning_rate()}
+        record |= {"update": self.rollout_update, "episodes": (self.rollout_update + 1) * self.episodes}
+        self._minis = []
+        self.history.append(record)
+        told = {finding.check for finding in self.findings}
+        self.findings = diagnose(self.history, self.args.health)
+        for finding in self.findings:
+            if finding.check not in told and self.is_world_process_zero():
+                self.tell(finding.sentence)
+        self.log({name: value for name, value in record.items() if not math.isnan(value)})
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """An answer to each prompt of `eval_dataset` (default: the one given at first), scored; the same figures as a
+        rollout's, over all processes, with the prefix. The answers are drawn with the same seeds every time.
+
+        Raises:
+            InputError: there is no eval_dataset.
+        """
+        prompts = self.eval_prompts
+        if eval_dataset is not None:
+            prompts = read_prompts(eval_dataset, self.processing_class, "eval_dataset")
+        if not prompts:
+            raise InputError("there is nothing to evaluate on: give an eval_dataset.")
+        mine = list(range(len(prompts)))[self.args.process_index :: self.args.world_size]
+        seeds = [_seed(f"{self.args.seed} evaluate {i}") for i in mine or [0]]
+        with ranks.gathered(self.model_wrapped):
+            r = sample_episodes(
+                self.cast, self.processing_class, [prompts[i] for i in mine or [0]], self.args, self.stop_ids, seeds
+            )
+        figures = figures_of(r if mine else r.rows([]), self._reduce)  # more processes than prompts: none counts twice
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items() if not math.isnan(value)}
+        self.log(metrics)
+        control: Any = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        self.cast.trained.train()
+        return metrics
 
     # -- saving and resuming ----------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.cast.trained.save(folder)
-            self.processing_class.save_pretrained(folder)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the policy (PEFT or Hugging Face layout), the value head and the tokenizer; call it on every rank."""
+        with ranks.gathered(self.model_wrapped, trained_only=True):
+            if self.args.should_save:
+                folder = Path(output_dir or self.args.output_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                self.cast.trained.save(folder)
+                self.processing_class.save_pretrained(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Beside the generators, each process keeps its rollout in flight and the KL coefficient."""
+        """Beside the generators, each process keeps the place in the run and the rollout in flight."""
         super()._save_rng_state(output_dir)
         assert self.rollout is not None
-        state = {"update": self.rollout_update, "kl_coef": self.kl_coef, "rollout": self.rollout.state()}
+        state = {
+            "next_step": self.next_step,
+            "update": self.rollout_update,
+            "kl_coef": self.kl_coef,
+            "rollout": self.rollout.state(),
+            "figures": self._figures,
+            "minis": self._minis,
+            "history": self.history,
+            "findings": [finding.check for finding in self.findings],
+        }
         torch.save(state, Path(output_dir) / STATE.format(rank=self.args.process_index))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -246,7 +411,19 @@ class PPOTrainer(Trainer):
             raise InputError(f"{path} is missing: resume with as many processes as the checkpoint was written by.")
         state = torch.load(path, map_location=self.args.device, weights_only=True)
         self.rollout, self.rollout_update = Rollout(**state["rollout"]), state["update"]
-        self.kl_coef = state["kl_coef"]
+        self.kl_coef, self.next_step = state["kl_coef"], state["next_step"]
+        self._figures, self._minis, self.history = state["figures"], state["minis"], state["history"]
+        self.findings = diagnose(self.history, self.args.health)
+
+
+class _Course(TrainerCallback):
+    """Tells the trainer when an optimiser step is done."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._mini_batch_done()
 
 
 class _Steps(Dataset[int]):
@@ -261,8 +438,20 @@ class _Steps(Dataset[int]):
     def __getitem__(self, number: int) -> int:
         return number
 
+
+class _Count(Sampler[int]):
+    """Step numbers from where the trainer stands; the trainer may move on to the next update's in between."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return len(self.trainer.train_dataset)
+
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.count))
+        while self.trainer.next_step < len(self):
+            self.trainer.next_step += 1
+            yield self.trainer.next_step - 1
 
 
 def _seed(text: str) -> int:
@@ -271,6 +460,12 @@ def _seed(text: str) -> int:
 
 def _shuffled(count: int, seed: str) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(_seed(seed))).tolist()
+
+
+def _place(count: int, place: int, seed: str) -> int:
+    """What lies at a place of an endless sequence of seeded shuffles of 0..count-1."""
+    lap, index = divmod(place, count)
+    return _shuffled(count, f"{seed} lap {lap}")[index]
 
 
 def _widen(values_BT: Tensor, size: int) -> Tensor:

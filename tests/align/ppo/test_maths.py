@@ -6,6 +6,7 @@ Every padded entry handed to the module is NaN, so a mask that leaks is a test t
 
 import math
 import statistics
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -152,6 +153,21 @@ def loop_logprobs(logits: list[float], temperature: float) -> list[float]:
     return [logit - log_total for logit in scaled]
 
 
+def loop_entropy(logits: list[float], temperature: float) -> float:
+    return -math.fsum(math.exp(logprob) * logprob for logprob in loop_logprobs(logits, temperature))
+
+
+def loop_full_kl(logits: list[float], reference: list[float], temperature: float) -> float:
+    pairs = zip(loop_logprobs(logits, temperature), loop_logprobs(reference, temperature), strict=True)
+    return math.fsum(math.exp(logprob) * (logprob - ref_logprob) for logprob, ref_logprob in pairs)
+
+
+def finite_differences(loss, at: list[float], *constants) -> list[float]:
+    step = 1e-6
+    nudged = [[[*at[:i], x + by, *at[i + 1 :]] for by in (step, -step)] for i, x in enumerate(at)]
+    return [(loss(up, *constants) - loss(down, *constants)) / (2 * step) for up, down in nudged]
+
+
 class TestTokens:
     def test_by_hand(self) -> None:
         # Odds 1 : 3. At temperature 2 the odds are 1 : sqrt(3), so log 1/(1 + 1.7320508) = -1.0050525.
@@ -173,7 +189,7 @@ class TestTokens:
         expected = [loop_logprobs(row, temperature) for row in logits_NV.tolist()]
         picked = [row[target] for row, target in zip(expected, targets_N.tolist(), strict=True)]
         close(maths.token_logprobs(logits_NV, targets_N, temperature), picked)
-        entropies = [-math.fsum(math.exp(logprob) * logprob for logprob in row) for row in expected]
+        entropies = [loop_entropy(row, temperature) for row in logits_NV.tolist()]
         close(maths.token_entropy(logits_NV, temperature), entropies)
 
     def test_against_trl(self) -> None:
@@ -193,6 +209,24 @@ class TestTokens:
         close(entropy_N.detach(), [0.0, math.log(2)])
         (logprobs_N.sum() + entropy_N.sum()).backward()
         assert logits_NV.grad is not None and logits_NV.grad.isfinite().all()
+
+    def test_the_entropys_gradient_by_hand(self) -> None:
+        # dH/dz_i = -p_i (log p_i + H). Odds 1 : 3, H = 0.5623351: -1/4 (-1.3862944 + 0.5623351) = 0.2059898,
+        # and a constant added to both logits changes nothing, so the two cancel.
+        logits_NV = torch.tensor([[0.0, math.log(3)]], requires_grad=True)
+        (gradient_NV,) = torch.autograd.grad(maths.token_entropy(logits_NV, 1.0).sum(), logits_NV)
+        close(gradient_NV, [[0.2059898, -0.2059898]])
+
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+    def test_the_entropys_gradient_is_that_of_the_loop(self, temperature: float) -> None:
+        logits = [0.3, -1.2, 2.0, 0.0, -4.0]
+        logits_NV = torch.tensor([logits], dtype=torch.float64, requires_grad=True)
+        (gradient_NV,) = torch.autograd.grad(maths.token_entropy(logits_NV, temperature).sum(), logits_NV)
+        close(gradient_NV[0], finite_differences(loop_entropy, logits, temperature), tol=1e-8)
+        # A forbidden token changes nothing for the others and has no gradient of its own.
+        forbidden_NV = torch.tensor([[*logits, -math.inf]], dtype=torch.float64, requires_grad=True)
+        (with_forbidden_NV,) = torch.autograd.grad(maths.token_entropy(forbidden_NV, temperature).sum(), forbidden_NV)
+        close(with_forbidden_NV, [[*gradient_NV[0].tolist(), 0.0]], tol=1e-12)
 
     @pytest.mark.parametrize("temperature", [0.0, -1.0])
     def test_a_temperature_that_is_not_positive_is_refused(self, temperature: float) -> None:
@@ -255,6 +289,89 @@ class TestKLEstimate:
         with pytest.raises(ValueError, match="'k4'"):
             maths.kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), answers([1], T=1), "k4")  # type: ignore[arg-type]
 
+    def test_the_full_kl_is_no_estimate_from_samples(self) -> None:
+        with pytest.raises(ValueError, match=r"needs the logits of both models.*see full_kl"):
+            maths.kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), answers([1], T=1), "full")
+
+
+class TestFullKL:
+    def test_by_hand(self) -> None:
+        # Odds 1 : 1 against 1 : 3: 1/2 log(1/2 / 1/4) + 1/2 log(1/2 / 3/4) = (0.6931472 - 0.4054651) / 2.
+        # At temperature 2 the reference's odds are 1 : sqrt(3): -log 2 - 1/2 (-1.0050525 - 0.4557464).
+        even_NV, odds_NV = torch.zeros(1, 2), torch.tensor([[0.0, math.log(3)]])
+        close(maths.full_kl(even_NV, odds_NV, 1.0), [0.1438410])
+        close(maths.full_kl(even_NV, odds_NV, 2.0), [0.0372522])
+        # Not symmetric: 1/4 log(1/4 / 1/2) + 3/4 log(3/4 / 1/2).
+        close(maths.full_kl(odds_NV, even_NV, 1.0), [-0.6931472 / 4 + 3 * 0.4054651 / 4])
+
+    @cheap
+    @given(st.integers(1, 5), st.integers(2, 9), st.floats(0.3, 3), seeds)
+    def test_against_the_loop_and_never_negative(self, N: int, V: int, temperature: float, seed: int) -> None:
+        logits_NV, ref_NV = 2 * torch.randn(2, N, V, generator=torch.Generator().manual_seed(seed))
+        kl_N = maths.full_kl(logits_NV, ref_NV, temperature)
+        pairs = zip(logits_NV.tolist(), ref_NV.tolist(), strict=True)
+        close(kl_N, [loop_full_kl(logits, reference, temperature) for logits, reference in pairs], tol=2e-6)
+        assert (kl_N >= 0).all()
+        assert (maths.full_kl(logits_NV, logits_NV + 1e-4 * ref_NV, temperature) >= 0).all()  # where rounding shows
+
+    @cheap
+    @given(st.integers(2, 9), seeds)
+    def test_it_is_the_expectation_of_k1(self, V: int, seed: int) -> None:
+        logits_NV, ref_NV = torch.randn(2, 1, V, generator=torch.Generator().manual_seed(seed))
+        tokens_V = torch.arange(V)
+        logprobs_V = maths.token_logprobs(logits_NV.expand(V, V), tokens_V, 0.7)
+        ref_V = maths.token_logprobs(ref_NV.expand(V, V), tokens_V, 0.7)
+        k1_V = maths.kl_estimate(logprobs_V, ref_V, torch.ones(V, dtype=torch.bool), "k1")
+        close(maths.full_kl(logits_NV, ref_NV, 0.7), [float((logprobs_V.exp() * k1_V).sum())])
+
+    def test_equal_logits_or_shifted_ones_have_none(self) -> None:
+        logits_NV = 5 * torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+        assert not maths.full_kl(logits_NV, logits_NV, 0.7).any()
+        close(maths.full_kl(logits_NV, logits_NV + 3, 0.7), [0.0] * 20)
+
+    def test_gradients_are_those_of_the_loop(self) -> None:
+        logits, reference = [0.3, -1.2, 2.0, 0.0], [1.0, 0.5, -0.7, 0.2]
+        policy_NV = torch.tensor([logits], dtype=torch.float64, requires_grad=True)
+        ref_NV = torch.tensor([reference], dtype=torch.float64, requires_grad=True)
+        kl = maths.full_kl(policy_NV, ref_NV, 0.7).sum()
+        policy_gradient_NV, ref_gradient_NV = torch.autograd.grad(kl, [policy_NV, ref_NV])
+        close(policy_gradient_NV[0], finite_differences(loop_full_kl, logits, reference, 0.7), tol=1e-8)
+        by_reference = finite_differences(lambda at: loop_full_kl(logits, at, 0.7), reference)
+        close(ref_gradient_NV[0], by_reference, tol=1e-8)
+
+    def test_a_sum_that_rounds_below_0_keeps_its_gradient(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits_NV = torch.randn(200, 50, generator=generator)
+        ref_NV = logits_NV + 1e-5 * torch.randn(200, 50, generator=generator)
+        logits_NV.requires_grad_()
+        kl_N = maths.full_kl(logits_NV, ref_NV, 1.0)
+        (gradient_NV,) = torch.autograd.grad(kl_N.sum(), logits_NV)
+        assert (kl_N == 0).any() and gradient_NV.any(-1).all()
+
+    def test_forbidden_tokens(self) -> None:
+        # By both: 1/2 against 1/2. By the policy alone: 1/2 against 1/3. By the reference alone: infinite.
+        inf = math.inf
+        logits_NV = torch.tensor([[0.0, 0.0, -inf], [0.0, 0.0, -inf]], requires_grad=True)
+        ref_NV = torch.tensor([[0.0, 0.0, -inf], [0.0, 0.0, 0.0]])
+        kl_N = maths.full_kl(logits_NV, ref_NV, 1.0)
+        close(kl_N.detach(), [0.0, math.log(3 / 2)])
+        (gradient_NV,) = torch.autograd.grad(kl_N.sum(), logits_NV)
+        close(gradient_NV, torch.zeros(2, 3))  # the ratio is the same at every token left
+        assert maths.full_kl(torch.zeros(1, 2), torch.tensor([[0.0, -inf]]), 1.0) == inf
+
+    def test_half_precision_is_computed_in_float32(self) -> None:
+        logits_NV, ref_NV = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+        assert maths.full_kl(logits_NV, ref_NV, 1.0).dtype == torch.float32
+        close(maths.full_kl(logits_NV, ref_NV, 1.0), maths.full_kl(logits_NV.float(), ref_NV.float(), 1.0))
+
+    def test_refusals(self) -> None:
+        with pytest.raises(ValueError, match=r"shape \(2, 3\) and the reference's \(2, 4\)"):
+            maths.full_kl(torch.zeros(2, 3), torch.zeros(2, 4), 1.0)
+        with pytest.raises(ValueError, match=r"shape \(2, 3\) and the reference's \(3,\)"):
+            maths.full_kl(torch.zeros(2, 3), torch.zeros(3), 1.0)
+        with pytest.raises(ValueError, match="must be positive"):
+            maths.full_kl(torch.zeros(2, 3), torch.zeros(2, 3), 0.0)
+
 
 # --- rewards and advantages ------------------------------------------------------------------------------------
 
@@ -302,6 +419,87 @@ class TestRewards:
         close(score_B, [0.5, 2.0])  # the argument is not written to
         with pytest.raises(ValueError, match="-1"):
             maths.missing_eos_penalty(score_B, finished_B, -1)
+
+
+def loop_overlong(length: int, limit: int, buffer: int) -> float:
+    """Equation (13) as printed: a reward, never positive."""
+    if length <= limit - buffer:
+        return 0.0
+    if length <= limit:
+        return ((limit - buffer) - length) / buffer
+    return -1.0
+
+
+class TestOverlongPenalty:
+    def test_by_hand(self) -> None:
+        # Limit 10, buffer 4, penalty 2: nothing up to 6 tokens, then 2/4 for each further one, 2 from 10 on.
+        length_B = torch.tensor([1, 6, 7, 8, 10, 12])
+        close(maths.overlong_penalty(length_B, 10, 4, 2.0), [0.0, 0, 0.5, 1, 2, 2])
+        close(maths.overlong_penalty(length_B, 10, 4, 0.0), [0.0] * 6)
+        # The whole limit as buffer: 1/10 a token.
+        close(maths.overlong_penalty(torch.tensor([0, 3, 10]), 10, 10, 1.0), [0.0, 0.3, 1])
+        # A buffer of 1: all or nothing.
+        close(maths.overlong_penalty(torch.tensor([9, 10]), 10, 1, 1.0), [0.0, 1])
+
+    @cheap
+    @given(st.integers(1, 300), st.data(), st.floats(0, 10))
+    def test_against_the_loop_rising_and_within_bounds(self, limit: int, data: st.DataObject, penalty: float) -> None:
+        buffer = data.draw(st.integers(1, limit))
+        length_B = torch.arange(limit + 20)
+        penalty_B = maths.overlong_penalty(length_B, limit, buffer, penalty)
+        close(penalty_B, [-penalty * loop_overlong(length, limit, buffer) for length in length_B.tolist()])
+        assert (penalty_B.diff() >= 0).all()
+        assert ((penalty_B >= 0) & (penalty_B <= torch.tensor(penalty))).all()
+        close(maths.overlong_penalty(length_B.float(), limit, buffer, penalty), penalty_B)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((10, 0, 1.0), "buffer is 0 tokens and the limit 10"),
+            ((10, 11, 1.0), "buffer is 11 tokens and the limit 10"),
+            ((10, 4, -1.0), "it is -1.0"),
+            ((10, 4, NAN), "it is nan"),
+            ((10, 4, math.inf), "it is inf"),
+        ],
+    )
+    def test_nonsense_is_refused(self, arguments: tuple, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            maths.overlong_penalty(torch.tensor([5]), *arguments)
+
+
+class TestClipScores:
+    def test_by_hand(self) -> None:
+        # Two of five lie outside 2; the two on the bound do not.
+        score_B = torch.tensor([-5.0, -2.0, 0.5, 2.0, 2.5])
+        clipped_B, fraction = maths.clip_scores(score_B, 2.0)
+        close(clipped_B, [-2.0, -2, 0.5, 2, 2])
+        close(fraction, 2 / 5)
+        close(score_B, [-5.0, -2.0, 0.5, 2.0, 2.5])  # the argument is not written to
+
+    @cheap
+    @given(st.integers(1, 9), st.floats(0.1, 3), seeds)
+    def test_against_the_loop(self, B: int, bound: float, seed: int) -> None:
+        score_B = torch.randn(B, generator=torch.Generator().manual_seed(seed))
+        clipped_B, fraction = maths.clip_scores(score_B, bound)
+        expected = [max(-bound, min(bound, score)) for score in score_B.tolist()]
+        close(clipped_B, expected)
+        close(fraction, sum(abs(score) > bound for score in score_B.tolist()) / B)
+        again_B, _ = maths.clip_scores(clipped_B, bound)
+        assert torch.equal(again_B, clipped_B)
+        close(maths.clip_scores(-score_B, bound)[0], -clipped_B)
+
+    def test_half_precision_is_clipped_in_float32_and_infinity_is_no_bound(self) -> None:
+        score_B = torch.tensor([1.0, -1.0], dtype=torch.bfloat16)
+        clipped_B, fraction = maths.clip_scores(score_B, 0.1)
+        assert clipped_B.dtype == fraction.dtype == torch.float32
+        close(clipped_B, [0.1, -0.1])
+        unclipped_B, none = maths.clip_scores(score_B, math.inf)
+        assert torch.equal(unclipped_B, score_B.float()) and none == 0
+
+    @pytest.mark.parametrize("bound", [0.0, -2.0, NAN])
+    def test_a_bound_that_is_not_positive_is_refused(self, bound: float) -> None:
+        with pytest.raises(ValueError, match=f"bound on scores is {bound}"):
+            maths.clip_scores(torch.zeros(2), bound)
 
 
 def loop_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
@@ -382,12 +580,22 @@ class TestGAE:
 # --- losses ----------------------------------------------------------------------------------------------------
 
 
-def loop_policy_loss(new: list[float], old: list[float], advantages: list[float], cliprange: float) -> float:
+def loop_policy_loss(
+    new: list[float],
+    old: list[float],
+    advantages: list[float],
+    cliprange: float,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+) -> float:
     total = 0.0
     for new_logprob, old_logprob, advantage in zip(new, old, advantages, strict=True):
         ratio = math.exp(new_logprob) / math.exp(old_logprob)
-        kept = min(max(ratio, 1 - cliprange), 1 + cliprange)
-        total += min(ratio * advantage, kept * advantage)
+        kept = min(max(ratio, 1 - cliprange), 1 + (cliprange if cliprange_high is None else cliprange_high))
+        objective = min(ratio * advantage, kept * advantage)
+        if dual_clip is not None and advantage < 0:
+            objective = max(objective, dual_clip * advantage)
+        total += objective
     return -total / len(new)
 
 
@@ -399,16 +607,22 @@ def loop_value_loss(values: list[float], old: list[float], returns: list[float],
     return 0.5 * total / len(values)
 
 
-def finite_differences(loss, at: list[float], *constants) -> list[float]:
-    step = 1e-6
-    nudged = [[[*at[:i], x + by, *at[i + 1 :]] for by in (step, -step)] for i, x in enumerate(at)]
-    return [(loss(up, *constants) - loss(down, *constants)) / (2 * step) for up, down in nudged]
-
-
-LOSSES = pytest.mark.parametrize("loss", [maths.policy_loss, maths.value_loss])
-LOSSES_AND_LOOPS = pytest.mark.parametrize(
-    ("loss", "loop"), [(maths.policy_loss, loop_policy_loss), (maths.value_loss, loop_value_loss)]
-)
+# Bounds so tight that a few tokens of every draw meet each of them.
+VARIANTS = {
+    "higher": {"cliprange_high": 0.5},
+    "dual": {"dual_clip": 1.1},
+    "higher-dual": {"cliprange_high": 0.05, "dual_clip": 1.5},
+}
+PAIRS = {
+    "policy": (maths.policy_loss, loop_policy_loss),
+    **{
+        f"policy-{name}": (partial(maths.policy_loss, **v), partial(loop_policy_loss, **v))
+        for name, v in VARIANTS.items()
+    },
+    "value": (maths.value_loss, loop_value_loss),
+}
+LOSSES = pytest.mark.parametrize("loss", [loss for loss, _ in PAIRS.values()], ids=list(PAIRS))
+LOSSES_AND_LOOPS = pytest.mark.parametrize(("loss", "loop"), list(PAIRS.values()), ids=list(PAIRS))
 
 
 class TestBothLosses:
@@ -490,7 +704,64 @@ class TestPolicyLoss:
         new_BT = torch.tensor([[math.log(2), math.log(0.25), NAN], [0.0, NAN, NAN]])
         advantage_BT = torch.tensor([[1.0, 1.0, NAN], [-3.0, NAN, NAN]])
         result = maths.policy_loss(new_BT, torch.zeros(2, 3), advantage_BT, answer_BT, 0.2)
-        close(torch.stack(result), [1.55 / 3, 1 / 3, 0.9431472 / 3, 3.25 / 3])
+        close(torch.stack(result), [1.55 / 3, 1 / 3, 0.9431472 / 3, 3.25 / 3, 0])
+
+    def test_clip_higher_by_hand(self) -> None:
+        # Ratios 1.25, 1.5 and 0.5, advantages 1, 1 and -1, epsilon 0.2 below and 0.28 above.
+        # 1.25 is within now; min(1.5, 1.28) = 1.28; min(-0.5, -0.8) = -0.8. Loss -(1.25 + 1.28 - 0.8) / 3.
+        new_BT = torch.tensor([[1.25, 1.5, 0.5]]).log()
+        advantage_BT = torch.tensor([[1.0, 1.0, -1.0]])
+        result = maths.policy_loss(new_BT, torch.zeros(1, 3), advantage_BT, answers([3], 3), 0.2, cliprange_high=0.28)
+        close(torch.stack([result.loss, result.clip_fraction, result.dual_clip_fraction]), [-1.73 / 3, 2 / 3, 0])
+
+    def test_dual_clip_by_hand(self) -> None:
+        # c = 3. Ratios 5, 2, 0.5 and 5, advantages -2, -2, -2 and 1, epsilon 0.2.
+        # max(min(-10, -2.4), -6) = -6, bounded; max(-4, -6) = -4; max(-1.6, -6) = -1.6, clipped; min(5, 1.2), clipped.
+        new_BT = torch.tensor([[5.0, 2.0, 0.5, 5.0]]).log()
+        advantage_BT = torch.tensor([[-2.0, -2.0, -2.0, 1.0]])
+        result = maths.policy_loss(new_BT, torch.zeros(1, 4), advantage_BT, answers([4], 4), 0.2, dual_clip=3.0)
+        close(torch.stack([result.loss, result.clip_fraction, result.dual_clip_fraction]), [10.4 / 4, 2 / 4, 1 / 4])
+
+    @cheap
+    @given(lengths, seeds)
+    def test_none_is_the_loss_without_the_variants(self, row_lengths: list[int], seed: int) -> None:
+        answer_BT = answers(row_lengths)
+        inputs = [draw(answer_BT, seed + i) for i in range(3)]
+        plain = torch.stack(maths.policy_loss(*inputs, answer_BT, 0.2))
+        for same in ({"cliprange_high": 0.2}, {"dual_clip": math.inf}, {"cliprange_high": None, "dual_clip": None}):
+            assert torch.equal(torch.stack(maths.policy_loss(*inputs, answer_BT, 0.2, **same)), plain)
+
+    @cheap
+    @given(lengths, seeds, st.floats(1.01, 5))
+    def test_the_dual_clip_is_for_negative_advantages_alone(
+        self, row_lengths: list[int], seed: int, dual_clip: float
+    ) -> None:
+        answer_BT = answers(row_lengths)
+        new_BT, old_BT, advantage_BT = (draw(answer_BT, seed + i) for i in range(3))
+        for sign in (1, -1):
+            arguments = new_BT, old_BT, sign * advantage_BT.abs(), answer_BT, 0.2
+            plain, dual = maths.policy_loss(*arguments), maths.policy_loss(*arguments, dual_clip=dual_clip)
+            bounded = [
+                sign < 0 and math.exp(new - old) > dual_clip
+                for new, old in zip(flat(new_BT, answer_BT), flat(old_BT, answer_BT), strict=True)
+            ]
+            close(dual.dual_clip_fraction, statistics.fmean(bounded))
+            assert dual.loss < plain.loss if any(bounded) else dual.loss == plain.loss
+            assert dual.clip_fraction == plain.clip_fraction
+
+    @pytest.mark.parametrize(
+        ("bound", "message"),
+        [
+            ({"cliprange_high": -0.1}, "cliprange_high is -0.1; .* None for 0.2"),
+            ({"cliprange_high": NAN}, "cliprange_high is nan"),
+            ({"dual_clip": 1.0}, "dual_clip is 1.0"),
+            ({"dual_clip": 0.5}, "dual_clip is 0.5"),
+            ({"dual_clip": NAN}, "dual_clip is nan"),
+        ],
+    )
+    def test_bounds_that_make_no_sense_are_refused(self, bound: dict[str, float], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            maths.policy_loss(*[torch.zeros(1, 1)] * 3, answers([1], 1), 0.2, **bound)
 
     @cheap
     @given(lengths, seeds)
@@ -499,7 +770,7 @@ class TestPolicyLoss:
         logprobs_BT, advantage_BT = draw(answer_BT, seed), draw(answer_BT, seed + 1)
         result = maths.policy_loss(logprobs_BT, logprobs_BT, advantage_BT, answer_BT, 0.2)
         mean_advantage = statistics.fmean(flat(advantage_BT, answer_BT))
-        close(torch.stack(result), [-mean_advantage, 0, 0, 1])
+        close(torch.stack(result), [-mean_advantage, 0, 0, 1, 0])
 
     @pytest.mark.parametrize("advantage", [1.5, -1.5])
     def test_no_pull_beyond_the_clip_and_full_pull_back(self, advantage: float) -> None:
@@ -513,6 +784,20 @@ class TestPolicyLoss:
         assert not gradient_BT[satisfied_BT].any()
         close(gradient_BT[~satisfied_BT], -advantage * ratio_BT[~satisfied_BT], tol=1e-12)
         assert result.clip_fraction == satisfied_BT.sum()
+
+    def test_each_bound_ends_the_pull_where_it_says(self) -> None:
+        ratio_BT = torch.tensor([[0.5, 0.79, 0.81, 1.21, 1.27, 1.29, 1.99, 2.01, 9.0]], dtype=torch.float64)
+        answer_BT = answers([9], T=9)
+        for advantage, satisfied_BT in ((1.5, ratio_BT > 1.28), (-1.5, (ratio_BT < 0.8) | (ratio_BT > 2))):
+            logprobs_BT = ratio_BT.log().requires_grad_()
+            advantage_BT = torch.full_like(ratio_BT, advantage)
+            result = maths.policy_loss(
+                logprobs_BT, torch.zeros(1, 9), advantage_BT, answer_BT, 0.2, 1, cliprange_high=0.28, dual_clip=2
+            )
+            (gradient_BT,) = torch.autograd.grad(result.loss, logprobs_BT)
+            assert not gradient_BT[satisfied_BT].any()
+            close(gradient_BT[~satisfied_BT], -advantage * ratio_BT[~satisfied_BT], tol=1e-12)
+            assert result.clip_fraction + result.dual_clip_fraction == satisfied_BT.sum()
 
 
 class TestValueLoss:
@@ -549,6 +834,105 @@ class TestExplainedVariance:
         close(maths.explained_variance(torch.full_like(return_BT, 7.0), return_BT, answer_BT), 0.0)
         close(maths.explained_variance(-return_BT, return_BT, answer_BT), -3.0)  # residual 2R: 1 - 4
         assert maths.explained_variance(return_BT, torch.ones_like(return_BT), answer_BT).isnan()
+
+    def test_the_rounding_of_equal_returns_is_not_explained(self) -> None:
+        answer_BT = answers([4, 2])
+        constant_BT = torch.full(answer_BT.shape, 0.1, dtype=torch.float64)
+        _, var = maths.mean_and_var(maths.masked_moments(constant_BT, answer_BT))
+        assert 0 < var < 1e-16
+        assert maths.explained_variance(draw(answer_BT, 0), constant_BT, answer_BT).isnan()
+
+    @cheap
+    @given(st.lists(st.integers(2, 6), min_size=2, max_size=4), seeds)
+    def test_against_the_standard_library_and_sums_over_halves(self, row_lengths: list[int], seed: int) -> None:
+        answer_BT = answers(row_lengths)
+        value_BT, return_BT = draw(answer_BT, seed), draw(answer_BT, seed + 1)
+        residual_BT = return_BT - value_BT
+        whole = maths.explained_variance(value_BT, return_BT, answer_BT)
+        ratio = statistics.pvariance(flat(residual_BT, answer_BT)) / statistics.pvariance(flat(return_BT, answer_BT))
+        close(whole, 1 - ratio)
+        halves = [slice(0, 1), slice(1, None)]
+        sums = [
+            sum(maths.masked_moments(values_BT[half], answer_BT[half]) for half in halves)
+            for values_BT in (return_BT, residual_BT)
+        ]
+        explained = maths.variance_explained(*sums)
+        assert explained.dtype == torch.float64
+        close(explained, float(whole))
+
+    def test_ranks_with_constant_returns_can_differ_from_one_another(self) -> None:
+        # Returns 1, 1 on one rank and 3, 3 on the other, each without variance; together mean 2, variance 1.
+        # Residuals 0, 0 and 1, 1: variance 1/4.
+        def moments(*numbers: float) -> Tensor:
+            return maths.masked_moments(torch.tensor(numbers), torch.ones(len(numbers), dtype=torch.bool))
+
+        assert maths.variance_explained(moments(1, 1), moments(0, 0)).isnan()
+        close(maths.variance_explained(moments(1, 1) + moments(3, 3), moments(0, 0) + moments(1, 1)), 0.75)
+
+    def test_refusals(self) -> None:
+        with pytest.raises(ValueError, match="mean of nothing"):
+            maths.variance_explained(torch.zeros(3), torch.zeros(3))
+        with pytest.raises(ValueError, match="mean of nothing"):
+            maths.explained_variance(torch.zeros(1, 2), torch.zeros(1, 2), answers([0], T=2))
+        with pytest.raises(ValueError, match="4 returns and 2 residuals"):
+            maths.variance_explained(torch.tensor([4.0, 1, 1]), torch.tensor([2.0, 1, 1]))
+
+
+class TestCorrelation:
+    def test_by_hand(self) -> None:
+        # x 1, 2, 3 and y 2, 2, 5: means 2 and 3; deviations -1, 0, 1 and -1, -1, 2.
+        # Covariance sum 1 + 0 + 2 = 3, square sums 2 and 6: 3 / sqrt(12).
+        sums_6 = maths.paired_moments(torch.tensor([1, 2, 3]), torch.tensor([2.0, 2.0, 5.0]))
+        assert sums_6.dtype == torch.float64
+        assert sums_6.tolist() == [3, 6, 9, 14, 33, 21]
+        assert maths.correlation(sums_6) == pytest.approx(0.8660254)
+
+    @cheap
+    @given(st.integers(2, 12), seeds)
+    def test_against_the_standard_library(self, n: int, seed: int) -> None:
+        x_B, y_B = torch.randn(2, n, generator=torch.Generator().manual_seed(seed))
+        expected = statistics.correlation(x_B.tolist(), y_B.tolist())
+        assert maths.correlation(maths.paired_moments(x_B, y_B)) == pytest.approx(expected, abs=1e-6)
+        # Units do not matter, the order of the two neither; turning one round changes the sign.
+        assert maths.correlation(maths.paired_moments(3 * x_B + 100, y_B)) == pytest.approx(expected, abs=1e-4)
+        assert maths.correlation(maths.paired_moments(y_B, x_B)) == pytest.approx(expected, abs=1e-6)
+        assert maths.correlation(maths.paired_moments(-x_B, y_B)) == pytest.approx(-expected, abs=1e-6)
+
+    @cheap
+    @given(st.integers(2, 12), st.integers(0, 12), seeds)
+    def test_sums_over_halves_are_those_of_the_whole(self, n: int, cut: int, seed: int) -> None:
+        x_B, y_B = torch.randn(2, n, generator=torch.Generator().manual_seed(seed))
+        halves = maths.paired_moments(x_B[:cut], y_B[:cut]) + maths.paired_moments(x_B[cut:], y_B[cut:])
+        close(halves, maths.paired_moments(x_B, y_B), tol=1e-12)
+        assert maths.correlation(halves) == pytest.approx(maths.correlation(maths.paired_moments(x_B, y_B)), abs=1e-9)
+
+    @cheap
+    @given(st.integers(2, 12), seeds)
+    def test_a_straight_line_is_1_and_never_more(self, n: int, seed: int) -> None:
+        x_B = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for slope in (0.3, -7.0):
+            r = maths.correlation(maths.paired_moments(x_B, slope * x_B + 2))
+            assert r == pytest.approx(math.copysign(1, slope), abs=1e-9)
+            assert abs(r) <= 1
+
+    @pytest.mark.parametrize(
+        ("x", "y"),
+        [
+            ([], []),
+            ([1.0], [2.0]),
+            ([0.1] * 7, [0.0, 1, 2, 3, 4, 5, 6]),  # in float64 both constants leave a variance of 1e-17 or so
+            ([0.0, 1, 2, 3, 4, 5, 6], [1 / 3] * 7),
+            ([0.0, 0.0], [1.0, 2.0]),
+            ([NAN, 1.0], [1.0, 2.0]),
+            ([math.inf, 1.0], [1.0, 2.0]),
+        ],
+    )
+    def test_nothing_to_correlate_is_nan(self, x: list[float], y: list[float]) -> None:
+        assert math.isnan(maths.correlation(maths.paired_moments(*torch.tensor([x, y], dtype=torch.float64))))
+
+    def test_numbers_without_a_partner_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"x has shape \(3,\) and y \(1,\)"):
+            maths.paired_moments(torch.zeros(3), torch.zeros(1))
 
 
 class TestAdaptiveKLCoef:
