@@ -10,6 +10,9 @@ Shapes: B rows, T answer positions, H hidden size, V vocabulary. Prompts are pad
 from __future__ import annotations
 
 import contextlib
+import math
+import weakref
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,11 +53,17 @@ def draw(
         temperature: 0 is greedy; log-probabilities are then those at temperature 1.
         uniform_BT: all the randomness there is: for each row and position a float64 number between 0 and 1. None:
             torch's own generator (seed it before) makes them, all at the start.
-    """
-    from transformers import DynamicCache
 
+    Raises:
+        ValueError: a prompt is empty, the logits are not numbers, or the model is none that can be drawn from here.
+    """
+    if not prompts:
+        return []
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {row} has no token, but an answer follows at least one: give it a start token.")
+    _refuse_strangers(model, prompts[0])
     device = next(model.parameters()).device
-    decoder = base_model(model).get_decoder()
     size = max(map(len, prompts))
     ids_BS = torch.zeros((len(prompts), size), dtype=torch.long)
     attention_BS = torch.zeros((len(prompts), size), dtype=torch.long)
@@ -68,23 +77,20 @@ def draw(
     stop = torch.tensor(sorted(stop_ids), device=device)
     answers = [Drawn([], [], False) for _ in prompts]
     rows = list(range(len(prompts)))  # the prompts whose answers are still being written
-    cache = DynamicCache(config=base_model(model).config)
+    cache = _new_cache(model)
     position_BS = (attention_BS.cumsum(1) - 1).clamp(min=0)
     for t in range(max_new_tokens):
-        hidden_BSH = decoder(
-            input_ids=ids_BS,
-            attention_mask=attention_BS,
-            position_ids=position_BS,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        token_B, logprob_B = _pick(
-            vocabulary_logits(model, hidden_BSH[:, -1]), uniform_BT[:, t], temperature, top_p, top_k
-        )
+        logits_BV = _next_logits(model, cache, ids_BS, attention_BS, position_BS)
+        token_B, logprob_B = _pick(logits_BV, uniform_BT[:, t], temperature, top_p, top_k)
         stops_B = torch.isin(token_B, stop)
         for row, token, logprob, stops in zip(
             rows, token_B.tolist(), logprob_B.tolist(), stops_B.tolist(), strict=True
         ):
+            if math.isnan(logprob):
+                raise ValueError(
+                    f"the model's logits are not numbers at token {t} of the answer to prompt {row}: its weights have "
+                    "diverged (lower the learning rate) or overflow in float16 (take bfloat16 or float32)."
+                )
             answers[row].ids.append(token)
             answers[row].logprobs.append(logprob)
             answers[row].finished = stops
@@ -95,11 +101,71 @@ def draw(
         if bool(stops_B.any()):
             staying = (~stops_B).nonzero()[:, 0]
             rows = [rows[i] for i in staying.tolist()]
-            cache.batch_select_indices(staying)
+            cache.reorder_cache(staying)  # unlike `batch_select_indices`, recurrent layers have it too
             ids_BS, position_BS = ids_BS[staying], position_BS[staying]
             attention_BS, uniform_BT = attention_BS[staying], uniform_BT[staying]
         attention_BS = torch.cat([attention_BS, attention_BS.new_ones((len(rows), 1))], dim=1)
     return answers
+
+
+def _new_cache(model: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=base_model(model).config)
+
+
+def _next_logits(model: Any, cache: Any, ids_BS: Tensor, attention_BS: Tensor, position_BS: Tensor) -> Tensor:
+    """Logits BV after the last of these tokens; `attention_BS` spans those in the cache too."""
+    decoder = base_model(model).get_decoder()
+    output = decoder(
+        input_ids=ids_BS,
+        attention_mask=attention_BS,
+        position_ids=position_BS,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return vocabulary_logits(model, output.last_hidden_state[:, -1])
+
+
+_KNOWN: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _refuse_strangers(model: Any, prompt: list[int]) -> None:
+    """Draw only from a model whose logits, with padding, cache and a row that left, are those of its own forward.
+
+    Some take the cache under another name and forget all but the last token, some count padding as positions, some
+    scale their logits in a way of their own: without an error, answers would come from another distribution. Three
+    passes over four tokens tell, once for each model.
+
+    Raises:
+        ValueError: they are not.
+    """
+    name, model = type(base_model(model)).__name__, base_model(model)
+    if model in _KNOWN:
+        return
+    advice = "take another architecture, such as Llama, Qwen, Mistral or Gemma"
+    ids_S = torch.tensor((prompt * 4)[:4], device=next(model.parameters()).device)
+    ids_BS = torch.stack([ids_S, ids_S.roll(1)])  # of the second row, the first token is padding
+    attention_BS = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]], device=ids_S.device)
+    position_BS = (attention_BS.cumsum(1) - 1).clamp(min=0)
+    try:
+        wanted_V = model(input_ids=ids_S[None], use_cache=False).logits[0, -1].float()
+        cache = _new_cache(model)
+        _next_logits(model, cache, ids_BS, attention_BS[:, :4], position_BS[:, :4])
+        cache.reorder_cache(torch.tensor([1], device=ids_S.device))
+        found_V = _next_logits(model, cache, ids_S[None, 3:], attention_BS[1:], position_BS[1:, 4:])[0]
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"answers cannot be drawn from {name} ({error}): {advice}.") from error
+    found_V, wanted_V = found_V - found_V.mean(), wanted_V - wanted_V.mean()
+    off = float((found_V - wanted_V).norm() / wanted_V.norm())
+    if off > 0.3:  # rounding to bfloat16 makes a few hundredths
+        raise ValueError(
+            f"answers cannot be drawn from {name}: token by token, its logits are {off:.0%} off those of its own "
+            f"forward pass; {advice}."
+        )
+    _KNOWN.add(model)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -107,7 +173,7 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     end a turn with another token than a document)."""
     ids = getattr(getattr(base_model(model), "generation_config", None), "eos_token_id", None)
     found = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
-    return sorted(i for i in found if i < len(tokenizer))
+    return sorted(i for i in found if 0 <= i < len(tokenizer))
 
 
 @contextlib.contextmanager
@@ -118,34 +184,52 @@ def folded(model: Any) -> Iterator[bool]:
     rank. Unfolding by subtraction would leave rounding in the base after every update, so the originals are set aside:
     for the time of sampling, when no activations are held, the adapted weights exist twice.
 
-    Yields whether anything was folded: quantised weights and layers PEFT cannot fold are left alone.
+    Yields whether anything was folded: quantised or shared weights and layers PEFT cannot fold are left alone.
     """
     layers = _foldable(model)
     if not layers:
         yield False
         return
-    originals = [(layer.get_base_layer().weight, layer.get_base_layer().weight.detach().clone()) for layer in layers]
-    for layer in layers:
-        layer.merge()
+    weights = [layer.get_base_layer().weight for layer in layers]
+    originals = [weight.detach().clone() for weight in weights]
     try:
+        for layer in layers:
+            layer.merge()
         yield True
     finally:
         for layer in layers:
-            layer.unmerge()
+            if layer.merged:
+                layer.unmerge()
         with torch.no_grad():
-            for weight, original in originals:
-                weight.copy_(original)
+            for weight in reversed(weights):
+                weight.copy_(originals.pop())
 
 
 def _foldable(model: Any) -> list[Any]:
-    """The LoRA layers with an active adapter, if every one of them lies on a plain floating-point linear layer."""
-    from peft.tuners.lora import Linear
+    """The LoRA layers with an active adapter, if every one of them can be folded; else none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.merged and not m.disable_adapters]
     layers = [layer for layer in layers if set(layer.active_adapters) & set(getattr(layer, "lora_A", {}))]
-    plain = all(type(m) is Linear and m.get_base_layer().weight.dtype.is_floating_point for m in layers)
-    return layers if plain else []
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return layers if all(_is_plain(m) and owners[id(m.get_base_layer().weight)] == 1 for m in layers) else []
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether it is LoRA or DoRA on a linear layer that does nothing else with its weight, held in floating point.
+
+    A subclass may quantise its weight on the fly; of the other variants of LoRA some cannot be folded, some are random.
+    """
+    from peft.tuners.lora import Linear
+    from peft.tuners.lora.variants import DoraLinearVariant
+    from transformers.pytorch_utils import Conv1D
+
+    if type(layer) is not Linear or type(layer.get_base_layer()) not in (torch.nn.Linear, Conv1D):
+        return False
+    if any(layer.lora_bias.values()) or any(type(v) is not DoraLinearVariant for v in layer.lora_variant.values()):
+        return False
+    dtype = layer.get_base_layer().weight.dtype
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _pick(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
@@ -161,8 +245,9 @@ def _pick(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float
         if top_k:
             probs_BV[:, top_k:] = 0
             probs_BV /= probs_BV.sum(-1, keepdim=True)
-        before_BV = probs_BV.cumsum(-1) - probs_BV
-        probs_BV[before_BV >= top_p] = 0  # the likeliest token always stays: nothing comes before it
+        if top_p < 1:
+            before_BV = probs_BV.cumsum(-1, dtype=torch.float64) - probs_BV
+            probs_BV[before_BV >= top_p] = 0  # the likeliest token always stays: nothing comes before it
         token_B = order_BV.gather(1, _inverse(probs_BV, uniform_B)[:, None])[:, 0]
     return token_B, logprobs_BV.gather(1, token_B[:, None])[:, 0]
 

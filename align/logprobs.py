@@ -85,8 +85,9 @@ def vocabulary_logits(model: Any, hidden_NH: Tensor) -> Tensor:
     model = base_model(model)
     logits_NV = model.get_output_embeddings()(hidden_NH).float()
     config = model.config.get_text_config()
-    if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
-        logits_NV = logits_NV * scale
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere and Falcon-H1 multiply
+        if scale := getattr(config, name, None):
+            logits_NV = logits_NV * scale
     if scaling := getattr(config, "logits_scaling", None):  # Granite divides
         logits_NV = logits_NV / scaling
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma-2

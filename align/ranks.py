@@ -49,7 +49,7 @@ def share(value: T) -> T:
 
 
 def collect(value: T) -> list[T]:
-    """Every process's value, in the order of the processes, on every process (any picklable object without GPU tensors)."""
+    """Every process's value, in their order, on every process (any picklable object without tensors on a GPU)."""
     if world_size() > 1:
         import torch
 
@@ -57,6 +57,27 @@ def collect(value: T) -> list[T]:
         torch.distributed.all_gather_object(values, value)
         return values
     return [value]
+
+
+@contextlib.contextmanager
+def loading_whole() -> Iterator[None]:
+    """Inside, every process loads models whole; with ZeRO-3 in its settings, transformers splits them as it loads.
+
+    For models that no engine will gather: those that are only scored with.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    settings = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = settings
+
+
+def is_split(model: Any) -> bool:
+    """Whether this process holds but a part of the weights: ZeRO-3."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 @contextlib.contextmanager

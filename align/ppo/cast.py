@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,21 +70,22 @@ class PolicyWithValue(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     def forward(
-        self, batch: Batch, ptx: Batch | None = None, entropy_gradient: bool = False, critic_only: bool = False
+        self, batch: Batch, ptx: Batch | None = None, with_entropy: bool = False, critic_only: bool = False
     ) -> PolicyOutput:
         """One pass over `batch`, and one over the demonstrations `ptx`.
 
         Args:
-            entropy_gradient: the entropy is part of the loss; else it is a figure to log.
+            with_entropy: the entropy is part of the loss; else it is not computed, and 0.
             critic_only: keep the value's gradient out of a trunk that the policy shares.
         """
         hidden_NH = before_answers(hidden_states(self.policy, batch), batch)
 
         def head(hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
             logits_NV = vocabulary_logits(self.policy, hidden_NH)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
-                entropy_N = token_entropy(logits_NV, self.temperature)
-            return token_logprobs(logits_NV, targets_N, self.temperature), entropy_N
+            logprobs_N = token_logprobs(logits_NV, targets_N, self.temperature)
+            if not with_entropy:
+                return logprobs_N, torch.zeros_like(logprobs_N)
+            return logprobs_N, token_entropy(logits_NV, self.temperature)
 
         logprobs_N, entropy_N = by_tiles(head, hidden_NH, batch.targets_N)
         ptx_nll = logprobs_N.new_zeros(())
@@ -280,17 +282,14 @@ def build_cast(
             raise InputError(
                 f"the policy's active adapters are {model.active_adapters}: one, named 'default', is trained."
             )
-        if type(model.peft_config["default"]).__name__ != "LoraConfig":
-            kind = type(model.peft_config["default"]).__name__
-            raise InputError(f"the policy's adapter is a {kind}; PPO trains LoRA or every weight.")
         peft_config = model.peft_config["default"]
-    elif peft_config is not None:
+    if peft_config is not None and type(peft_config).__name__ != "LoraConfig":
+        raise InputError(f"the policy's adapter is a {type(peft_config).__name__}; PPO trains LoRA or every weight.")
+    if peft_config is not None and not is_peft(model):
         model.requires_grad_(False)
         model = get_peft_model(model, peft_config)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the ratio of new to old policy must measure learning, not dropout
     if is_peft(model):
+        _check_trained(model)
         reference = model
     else:
         if value_adapter:
@@ -316,10 +315,42 @@ def build_cast(
         model.add_adapter("value", copy.deepcopy(peft_config))
         model.set_adapter(active)
         for name, parameter in model.named_parameters():
-            if ".value." in name:
+            if belongs(name, "value"):
                 parameter.requires_grad_(True)
+    for member in (model, reference):
+        _no_dropout(member)
     trained = PolicyWithValue(model, temperature, value_adapter)
     return Cast(trained, model if is_peft(model) else reference, Mixture(named, reward_weights))
+
+
+def belongs(name: str, adapter: str) -> bool:
+    """Whether the parameter of this name is one of a PEFT adapter's."""
+    return re.search(rf"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.{adapter}(\.|$)", name) is not None
+
+
+def _check_trained(model: Any) -> None:
+    """Refuse a `PeftModel` that would not learn, or whose reference would."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        raise InputError(
+            "the policy's adapter is frozen, so that PPO could only train the critic: load it with "
+            "PeftModel.from_pretrained(base, folder, is_trainable=True)."
+        )
+    if others := [name for name in trained if not belongs(name, "default")]:
+        raise InputError(
+            f"{len(others)} weights beside the policy's adapter would be trained ({others[0]}, ...), but they are the "
+            "reference's too, which must not move: freeze them (bias: none in a LoraConfig)."
+        )
+
+
+def _no_dropout(model: Any) -> None:
+    """The ratio of new to old policy must measure learning, and a reward the answer: not dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # models that call the function keep its share as a number
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _is_adapter_on(folder: str | Path, model: Any) -> bool:

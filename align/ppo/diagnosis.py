@@ -292,9 +292,29 @@ _TOO_FAR = (  # key, warning above, error above, clause
 _LOSSES = ("grad_norm", "loss/policy", "policy/approx_kl", "policy/ratio_max")
 
 
+def _kl_leap(run: _Run) -> tuple[float, float, float]:
+    """The two updates that raised KL most, where they brought most of what it is now: KL before and after (nats an
+    answer), and the step in nats a token; NaN where there are none such."""
+    rows = run.rows("objective/kl", "episode/length")
+    kls, now = [kl for kl, _ in rows], run.recent("objective/kl")
+    leaps = [(math.nan, math.nan, math.nan)]
+    for i in range(1, len(rows) - 2):
+        before = max(0.0, *kls[max(0, i - 2) : i])  # no KL is negative: an estimate below 0 is noise
+        after, length = (statistics.median(column) for column in zip(*rows[i : i + 3], strict=True))
+        if length > 0 and after - before > 0.5 * now and now - before > 0.5 * (after - before):
+            leaps.append((before, after, (after - before) / length))
+    return max(leaps, key=lambda leap: leap[2] if leap[2] >= 0 else -math.inf)
+
+
 def _learning_rate_too_high(run: _Run) -> Finding | None:
     run, settings = run.after_warmup(), run.settings
     clauses, extreme = [], False
+    # A policy torn apart by the first updates is calm afterwards: at nearly uniform tokens there is no gradient left.
+    # A healthy update moves it by 0.05 nats a token; two that move it by 1 leave little of the reference.
+    before, after, step = _kl_leap(run)
+    if step > 1:
+        clauses.append(f"KL leapt from {_number(before)} to {_number(after)} nats an answer within two updates")
+        extreme = True
     for key, warning, error, clause in _TOO_FAR:
         value, is_share = run.recent(key), key == "policy/clip_fraction"
         if value > warning and not (is_share and settings.cliprange < 0.1):  # so narrow a range is meant to clip
@@ -415,9 +435,17 @@ def _mode_collapse(run: _Run) -> Finding | None:
 # --- critic ----------------------------------------------------------------------------------------------------------
 
 
+def _returns_settled(run: _Run) -> bool:
+    """Whether returns hardly vary any more, as where every answer is good: then there is nothing to explain."""
+    return run.recent("return/std") < 0.5 * run.first("return/std")
+
+
 def _critic_diverges(run: _Run) -> Finding | None:
     explained, learning_rate = run.recent("value/explained_variance"), run.settings.learning_rate
-    if not (explained < -1 and len(run.after_warmup()) >= RECENT):
+    if not (explained < -1 and len(run.after_warmup()) >= PATIENCE) or _returns_settled(run):
+        return None
+    # A critic starts at 0 and first learns the mean of the returns, which explains none of their variance.
+    if run.recent("loss/value") < 0.8 * _median(run.updates[-2 * RECENT : -RECENT], "loss/value", 3):
         return None
     evidence = f"the critic's errors vary {_number(1 - explained)} times as much as the returns it predicts"
     remedy = f"lower learning_rate ({learning_rate:g} now) or warm the critic up (critic_warmup_updates)"
@@ -426,7 +454,7 @@ def _critic_diverges(run: _Run) -> Finding | None:
 
 def _critic_explains_nothing(run: _Run) -> Finding | None:
     explained, first, now = run.recent("value/explained_variance"), run.first("loss/value"), run.recent("loss/value")
-    if not (-1 <= explained < 0.05 and len(run.after_warmup()) >= PATIENCE):
+    if not (explained < 0.05 and len(run.after_warmup()) >= PATIENCE) or _returns_settled(run):
         return None
     share = _percent(max(explained, 0))
     evidence = f"the critic explains {share} of the variance of the returns after {len(run)} updates"
@@ -468,6 +496,7 @@ _EXPLAINED_BY = {
     "sampling-mismatch": {"kl-negative"},
     "learning-rate-too-high": {"reward-not-finite"},
     "policy-still": {"reward-constant"},
-    "critic-explains-nothing": {"reward-constant"},
+    "critic-explains-nothing": {"reward-constant", "critic-diverges"},
+    "answers-ramble": {"reward-is-length"},
     "mode-collapse": {"answers-vanish"},
 }

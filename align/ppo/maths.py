@@ -524,4 +524,6 @@ def _token_mean(values_BT: Tensor, answer_BT: Tensor, normaliser: float | None) 
 def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
     if temperature <= 0:
         raise ValueError(f"The temperature is {temperature}; it must be positive.")
-    return torch.log_softmax(logits_NV.to(_at_least_float32(logits_NV.dtype)) / temperature, dim=-1)
+    logits_NV = logits_NV.to(_at_least_float32(logits_NV.dtype))
+    # A division by 1 would copy the largest tensor of a training step.
+    return torch.log_softmax(logits_NV if temperature == 1 else logits_NV / temperature, dim=-1)

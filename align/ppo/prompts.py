@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +24,13 @@ def read_prompts(dataset: Any, tokenizer: Any, what: str) -> list[Prompt]:
     """The rows of a prompt-only dataset, tokenised; text as it is, conversations by the chat template."""
     prompts: list[Prompt] = []
     for index, row in enumerate(dataset):
-        if "prompt" not in row:
-            raise InputError(f"{what} has the columns {', '.join(row)}; ppo wants `prompt`, text or a conversation.")
+        _check_columns(row, ("prompt",), what)
         prompt = row["prompt"]
         talk = not isinstance(prompt, str)
+        if talk and not isinstance(prompt, (list, tuple)):
+            raise InputError(
+                f"prompt {index} of {what} is {prompt!r}, a {type(prompt).__name__}: give text or a conversation."
+            )
         if talk and not tokenizer.chat_template:
             raise InputError(
                 f"{what} has conversations, but the tokenizer has no chat template: set one, or give text."
@@ -41,11 +44,56 @@ def read_prompts(dataset: Any, tokenizer: Any, what: str) -> list[Prompt]:
     return prompts
 
 
-def read_demonstration(row: Mapping[str, Any], tokenizer: Any) -> Pair:
-    """(prompt tokens, answer tokens) of `{prompt, completion}`, text or conversations."""
-    if "prompt" not in row or "completion" not in row:
-        raise InputError(f"ptx_dataset has the columns {', '.join(row)}; `prompt` and `completion` are wanted.")
-    if isinstance(row["prompt"], str):
-        answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-        return list(tokenizer(row["prompt"])["input_ids"]), [*answer, tokenizer.eos_token_id]
-    return prompt_ids(tokenizer, row["prompt"]), answer_ids(tokenizer, row["prompt"], row["completion"])
+def read_demonstrations(dataset: Any, tokenizer: Any) -> list[Pair]:
+    """(prompt tokens, answer tokens) of rows `{prompt, completion}`, both text or both conversations."""
+    demonstrations: list[Pair] = []
+    for index, row in enumerate(dataset):
+        _check_columns(row, ("prompt", "completion"), "ptx_dataset")
+        before, after = row["prompt"], row["completion"]
+        is_text, is_talk = (all(isinstance(x, kind) for x in (before, after)) for kind in (str, (list, tuple)))
+        if not (is_text or is_talk):
+            raise InputError(
+                f"demonstration {index} of ptx_dataset has a {type(before).__name__} as `prompt` and a "
+                f"{type(after).__name__} as `completion`: give two texts or two conversations."
+            )
+        if tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no stop token to put behind the answers of ptx_dataset: set one.")
+        if is_text:
+            answer = tokenizer(after, add_special_tokens=False)["input_ids"]
+            pair = list(tokenizer(before)["input_ids"]), [*answer, tokenizer.eos_token_id]
+        elif tokenizer.chat_template:
+            pair = prompt_ids(tokenizer, before), answer_ids(tokenizer, before, after)
+        else:
+            raise InputError(
+                "ptx_dataset has conversations, but the tokenizer has no chat template: set one, or give text."
+            )
+        if not pair[0]:
+            raise InputError(f"the prompt of demonstration {index} of ptx_dataset has no tokens: leave it out.")
+        demonstrations.append(pair)
+    return demonstrations
+
+
+def check_context(sizes: Sequence[int], room: int, config: Any, what: str) -> None:
+    """Refuse rows that pass the model's context.
+
+    Args:
+        sizes: tokens of each row of `what` as it stands.
+        room: tokens of answer that are to follow.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for index, size in enumerate(sizes):
+        if context is not None and size + room > context:
+            if not room:
+                raise InputError(f"row {index} of {what} has {size} tokens, and the model's context is {context}.")
+            raise InputError(
+                f"prompt {index} of {what} has {size} tokens, and with response_length {room} it passes the model's "
+                f"context of {context}: leave out such prompts or lower response_length."
+            )
+
+
+def _check_columns(row: Any, wanted: Sequence[str], what: str) -> None:
+    names = " and ".join(f"`{name}`" for name in wanted)
+    if not isinstance(row, Mapping):
+        raise InputError(f"the rows of {what} are of the type {type(row).__name__}: give dicts with {names}.")
+    if any(name not in row for name in wanted):
+        raise InputError(f"{what} has the columns {', '.join(row)}; ppo wants {names}, text or a conversation.")

@@ -120,7 +120,8 @@ def sample_episodes(
         answer_BT[indices, :width] = batch.answer_BT
     for row, answer in enumerate(answers):
         sampled_BT[row, : len(answer.ids)] = torch.tensor(answer.logprobs, device=device)
-    total, parts = cast.rewards(_episodes(tokenizer, prompts, answers))
+    with torch.autocast(device.type, enabled=False):  # mixed precision is the policy's
+        total, parts = cast.rewards(_episodes(tokenizer, prompts, answers))
     return Rollout(
         prompts=[prompt for prompt, _ in pairs],
         answers=[answer for _, answer in pairs],
@@ -209,7 +210,7 @@ def as_batch(rollout: Rollout, tokenizer: Any) -> Batch:
 
 def filler(tokenizer: Any) -> int:
     """What pads rows. Masks say what is real, so any token does where a tokenizer has none for it."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return (tokenizer.eos_token_id or 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _episodes(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Drawn]) -> Episodes:

@@ -15,6 +15,7 @@ skips to the next one's first number.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import math
@@ -32,11 +33,12 @@ from align.config import ModelSection
 from align.decode import stop_ids
 from align.logprobs import Batch, Pair, base_model, collate
 from align.ppo import maths
-from align.ppo.cast import build_cast
+from align.ppo.cast import belongs, build_cast
 from align.ppo.config import PPOConfig
 from align.ppo.diagnosis import Finding, diagnose
 from align.ppo.figures import figures_of
-from align.ppo.prompts import Prompt, read_demonstration, read_prompts
+from align.ppo.prompts import Prompt, check_context, read_demonstrations, read_prompts
+from align.ppo.rewards import ModelReward
 from align.ppo.rollout import Rollout, as_batch, filler, joined, sample_episodes, shape_and_estimate
 from reward.records import InputError
 
@@ -85,7 +87,8 @@ class PPOTrainer(Trainer):
             from align import models
 
             section = ModelSection(base=str(model))
-            model = models.load_causal_lm(models.base_path(section), section)
+            with ranks.loading_whole():
+                model = models.load_causal_lm(models.base_path(section), section)
         if processing_class is None:
             from transformers import AutoTokenizer
 
@@ -98,8 +101,9 @@ class PPOTrainer(Trainer):
         self.eval_prompts = (
             read_prompts(eval_dataset, processing_class, "eval_dataset") if eval_dataset is not None else []
         )
-        self._check_prompts(args, base_model(model).config)
-        self.ptx = [read_demonstration(row, processing_class) for row in ptx_dataset or []]
+        self._check_sizes(args, base_model(model).config)
+        self.ptx = read_demonstrations(ptx_dataset or [], processing_class)
+        check_context([len(p) + len(a) for p, a in self.ptx], 0, base_model(model).config, "ptx_dataset")
         if bool(self.ptx) != (args.ptx_coef > 0):
             raise InputError(
                 f"ptx_coef is {args.ptx_coef} and there are {len(self.ptx)} demonstrations: PPO-ptx needs both, "
@@ -108,18 +112,20 @@ class PPOTrainer(Trainer):
         rewards = list(reward) if isinstance(reward, (list, tuple)) else [reward]
         if reward_processing_classes is not None and not isinstance(reward_processing_classes, (list, tuple)):
             reward_processing_classes = [reward_processing_classes]
-        self.cast = build_cast(
-            model,
-            rewards,
-            processing_class,
-            peft_config=peft_config,
-            temperature=args.temperature,
-            value_adapter=args.value_adapter,
-            reward_weights=args.reward_weights,
-            reward_tokenizers=reward_processing_classes,
-            batch_size=args.per_device_train_batch_size,
-        )
-        self.cast.rewards.check({name for prompt in self.prompts for name in prompt.columns})
+        with ranks.gathered(model), ranks.loading_whole():  # a reference copied and rewards loaded here stay whole
+            self.cast = build_cast(
+                model,
+                rewards,
+                processing_class,
+                peft_config=peft_config,
+                temperature=args.temperature,
+                value_adapter=args.value_adapter,
+                reward_weights=args.reward_weights,
+                reward_tokenizers=reward_processing_classes,
+                batch_size=args.per_device_train_batch_size,
+            )
+        for prompts in filter(None, (self.prompts, self.eval_prompts)):
+            self.cast.rewards.check({name for prompt in prompts for name in prompt.columns})
         args.max_steps = args.optimizer_steps
         args.ignore_data_skip = True  # the next step's number is part of our own state
         self.kl_coef = args.kl_coef
@@ -141,11 +147,35 @@ class PPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._check_launcher()
         if self.cast.reference is not self.cast.trained.policy:
             self.cast.reference.to(args.device)
         self.add_callback(_Course(self))
 
-    def _check_prompts(self, args: PPOConfig, config: Any) -> None:
+    def _check_launcher(self) -> None:
+        if self.is_fsdp_enabled:
+            raise InputError(
+                "ppo samples with whole weights, and FSDP leaves each process a part of them: launch it as plain data "
+                "parallel or with DeepSpeed."
+            )
+        if self.is_deepspeed_enabled and self.args.critic_warmup_updates:
+            raise InputError(
+                f"critic_warmup_updates is {self.args.critic_warmup_updates}, but DeepSpeed's optimiser steps all "
+                "weights together and would move the policy too: set it to 0, or launch ppo as plain data parallel."
+            )
+        for name, reward in zip(self.cast.rewards.names, self.cast.rewards.rewards, strict=True):
+            if isinstance(reward, ModelReward) and ranks.is_split(reward.model):
+                raise InputError(
+                    f"ZeRO-3 split the reward model `{name}` as it was loaded, and nothing gathers it again: give its "
+                    "folder or hub id, and ppo loads it whole, or load it before the PPOConfig is made."
+                )
+
+    def _check_sizes(self, args: PPOConfig, config: Any) -> None:
+        if args.max_steps not in (-1, args.optimizer_steps):
+            raise InputError(
+                f"max_steps is {args.max_steps}, but total_episodes decides how long ppo trains: {args.total_episodes} "
+                f"episodes are {args.optimizer_steps} optimiser steps. Leave max_steps out."
+            )
         if len(self.prompts) < self.episodes:
             raise InputError(
                 f"ppo has {len(self.prompts)} prompts, but one update takes {self.episodes} episodes "
@@ -153,13 +183,8 @@ class PPOTrainer(Trainer):
                 f"{args.gradient_accumulation_steps} x num_mini_batches {args.num_mini_batches} x {args.world_size} "
                 "processes): give more prompts or make the update smaller."
             )
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        for index, prompt in enumerate([*self.prompts, *self.eval_prompts]):
-            if context is not None and len(prompt.ids) + args.response_length > context:
-                raise InputError(
-                    f"prompt {index} has {len(prompt.ids)} tokens, and with response_length {args.response_length} it "
-                    f"passes the model's context of {context}: leave out such prompts or lower response_length."
-                )
+        for what, prompts in (("train_dataset", self.prompts), ("eval_dataset", self.eval_prompts)):
+            check_context([len(prompt.ids) for prompt in prompts], args.response_length, config, what)
 
     # -- what a step stands for -------------------------------------------------------------------------------------
 
@@ -215,14 +240,14 @@ class PPOTrainer(Trainer):
         assert self.rollout is not None
         r = self.rollout.rows(self.micro_batch(step))
         assert r.advantage_BT is not None and r.return_BT is not None
-        # A process's share of the whole mini-batch's tokens: micro-batches then add up to its mean, and processes average.
+        # A process's share of the mini-batch's tokens: micro-batches then add up to its mean, and processes average.
         tokens = float(self.rollout.answer_BT[self.mini_batch(step)].sum()) / args.world_size
         ptx, ptx_tokens = self._ptx_batch(step)
         warming_up = update < args.critic_warmup_updates
         output = model(
             as_batch(r, self.processing_class),
             ptx,
-            entropy_gradient=args.entropy_coef > 0,
+            with_entropy=args.entropy_coef > 0,
             critic_only=warming_up,
         )
         size = r.answer_BT.shape[1]
@@ -266,14 +291,15 @@ class PPOTrainer(Trainer):
         their own seeded shuffles."""
         if not self.ptx:
             return None, 0.0
-        args, rows, micro = self.args, self.args.per_device_train_batch_size, step % self.args.gradient_accumulation_steps
+        args, rows = self.args, self.args.per_device_train_batch_size
 
         def pairs(first: int, count: int) -> list[Pair]:
             places = range(first, first + count)
             return [self.ptx[_place(len(self.ptx), place, f"{args.seed} ptx")] for place in places]
 
-        first, size = (step - micro) * args.world_size * rows, self.episodes // args.num_mini_batches
-        tokens = sum(len(answer) for _, answer in pairs(first, size))
+        first = step - step % args.gradient_accumulation_steps
+        size = self.episodes // args.num_mini_batches
+        tokens = sum(len(answer) for _, answer in pairs(first * args.world_size * rows, size))
         mine = pairs((step * args.world_size + args.process_index) * rows, rows)
         return collate(mine, filler(self.processing_class), args.device), tokens / args.world_size
 
@@ -282,7 +308,8 @@ class PPOTrainer(Trainer):
         """Sample and judge the episodes of an update, and adapt the KL coefficient for the next."""
         args, prompts = self.args, self.update_prompts(update)
         seeds = [_seed(f"{args.seed} answer {place}") for place in self.places(update)]
-        with ranks.gathered(self.model_wrapped):
+        # As launchers wrap the training forward: in mixed precision the first ratio would not be 1 otherwise.
+        with ranks.gathered(self.model_wrapped), self.accelerator.autocast():
             r = sample_episodes(self.cast, self.processing_class, prompts, args, self.stop_ids, seeds)
         clipped = shape_and_estimate(r, args, self.kl_coef, self._reduce)
         self.rollout, self.rollout_update = joined(ranks.collect(r.to("cpu"))).to(args.device), update
@@ -310,7 +337,15 @@ class PPOTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._mini["grad_norm"] = math.nan if norm is None else float(norm)
+        self._mini["learning_rate"] = self._get_learning_rate()  # of this step; afterwards it is the next one's
         return norm
+
+    def _before_step(self) -> None:
+        """While only the critic trains the policy has no gradient: with one of zero, weight decay would move it."""
+        if self.rollout_update < self.args.critic_warmup_updates:
+            for name, parameter in self.cast.trained.policy.named_parameters():
+                if not belongs(name, "value"):
+                    parameter.grad = None
 
     def _mini_batch_done(self) -> None:
         """After an optimiser step: stop the update early where it went far enough, and close it where it is over."""
@@ -326,13 +361,14 @@ class PPOTrainer(Trainer):
 
     def _close_update(self) -> None:
         names = list(self._minis[0])
-        table = torch.tensor([[mini[name] for name in names] for mini in self._minis], dtype=torch.float64)
-        table = (self._reduce(table.to(self.args.device)) / self.args.world_size).cpu()
+        rows = [[[mini[name] for name in names] for mini in minis] for minis in ranks.collect(self._minis)]
+        by_process = torch.tensor(rows, dtype=torch.float64)  # processes, mini-batches, names
+        table = by_process.mean(0)
         means = dict(zip(names, table.mean(0).tolist(), strict=True))
-        means["policy/ratio_max"] = float(table[:, names.index("policy/ratio_max")].max())
+        means["policy/ratio_max"] = float(by_process[..., names.index("policy/ratio_max")].max())
         means["policy/approx_kl_last"] = float(table[-1, names.index("policy/approx_kl")])
         means["policy/passes"] = len(self._minis) / self.args.num_mini_batches
-        record = {**self._figures, **means, "learning_rate": self._get_learning_rate()}
+        record = {**self._figures, **means}
         record |= {"update": self.rollout_update, "episodes": (self.rollout_update + 1) * self.episodes}
         self._minis = []
         self.history.append(record)
@@ -356,11 +392,13 @@ class PPOTrainer(Trainer):
         prompts = self.eval_prompts
         if eval_dataset is not None:
             prompts = read_prompts(eval_dataset, self.processing_class, "eval_dataset")
+            sizes, config = [len(prompt.ids) for prompt in prompts], self.cast.trained.config
+            check_context(sizes, self.args.response_length, config, "eval_dataset")
         if not prompts:
             raise InputError("there is nothing to evaluate on: give an eval_dataset.")
         mine = list(range(len(prompts)))[self.args.process_index :: self.args.world_size]
         seeds = [_seed(f"{self.args.seed} evaluate {i}") for i in mine or [0]]
-        with ranks.gathered(self.model_wrapped):
+        with ranks.gathered(self.model_wrapped), self.accelerator.autocast():
             r = sample_episodes(
                 self.cast, self.processing_class, [prompts[i] for i in mine or [0]], self.args, self.stop_ids, seeds
             )
@@ -395,32 +433,42 @@ class PPOTrainer(Trainer):
             "figures": self._figures,
             "minis": self._minis,
             "history": self.history,
-            "findings": [finding.check for finding in self.findings],
         }
         torch.save(state, Path(output_dir) / STATE.format(rank=self.args.process_index))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.cast.trained.load(Path(resume_from_checkpoint))
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self.cast.trained.load(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The one thing read from every checkpoint, also from the last of a run that only has to be saved."""
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         path = Path(checkpoint) / STATE.format(rank=self.args.process_index)
         if not path.is_file():
             raise InputError(f"{path} is missing: resume with as many processes as the checkpoint was written by.")
-        state = torch.load(path, map_location=self.args.device, weights_only=True)
-        self.rollout, self.rollout_update = Rollout(**state["rollout"]), state["update"]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.rollout, self.rollout_update = Rollout(**state["rollout"]).to(self.args.device), state["update"]
         self.kl_coef, self.next_step = state["kl_coef"], state["next_step"]
         self._figures, self._minis, self.history = state["figures"], state["minis"], state["history"]
+        self._mini = {}
         self.findings = diagnose(self.history, self.args.health)
 
 
 class _Course(TrainerCallback):
-    """Tells the trainer when an optimiser step is done."""
+    """Tells the trainer when an optimiser step is about to be taken, and when it is done."""
 
     def __init__(self, trainer: PPOTrainer) -> None:
         self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._before_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer._mini_batch_done()
@@ -458,6 +506,7 @@ def _seed(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
 
 
+@functools.lru_cache(maxsize=8)  # asked for once a place, and a shuffle of a million takes a tenth of a second
 def _shuffled(count: int, seed: str) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(_seed(seed))).tolist()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.config import GenerationSection
 from align.data.render import prompt_ids
-from align.generate import Answer, Partial, as_answer, batches, generate, generate_batch
+from align.decode import Drawn
+from align.generate import Answer, Partial, batches, generate, generate_batch
 from reward.records import user_prompt
 
 QUESTIONS = [
@@ -162,35 +164,44 @@ def test_a_models_own_generation_config_does_not_bend_the_distribution(
     model: Any, tokenizer: Any, prompts: list[list[int]], habit: dict[str, Any]
 ) -> None:
     """Log-probabilities, KL and PPO's ratio are those of the plain softmax; samples have to be too."""
-    section = GenerationSection(max_new_tokens=50, batch_size=3)
+    section = GenerationSection(max_new_tokens=20, batch_size=3)
     wanted = collect(model, tokenizer, prompts, section, "seed")
     for key, value in habit.items():
         setattr(model.generation_config, key, value)
     assert collect(model, tokenizer, prompts, section, "seed") == wanted
 
 
-def test_the_stop_token_is_the_tokenizers(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
-    model.generation_config.eos_token_id = [7, 8, 9]
+def test_an_answer_stops_at_the_tokenizers_token_and_the_generation_configs(
+    model: Any, tokenizer: Any, prompts: list[list[int]]
+) -> None:
+    model.generation_config.eos_token_id = [7, 8, 9, 10**6]
     model.generation_config.pad_token_id = None
-    section = GenerationSection(max_new_tokens=200, batch_size=5)
-    answers = generate_batch(model, tokenizer, prompts, section)
-    assert any(answer.finished for answer in answers)
+    stops = {7, 8, 9, tokenizer.eos_token_id}
+    section = GenerationSection(max_new_tokens=60, batch_size=5)
+    answers = [a for _, found in collect(model, tokenizer, prompts * 8, section, "seed") for a in found]
+    assert {answer.ids[-1] for answer in answers if answer.finished} == stops
     for answer in answers:
-        assert answer.finished == (answer.ids[-1] == tokenizer.eos_token_id)
-        assert answer.finished or len(answer.ids) == 200
-        assert tokenizer.eos_token_id not in answer.ids[:-1]
+        assert answer.finished == (answer.ids[-1] in stops)
+        assert answer.finished or len(answer.ids) == 60
+        assert not stops & set(answer.ids[:-1])
 
 
 # Answers
 
 
-def test_as_answer_cuts_at_the_stop_token(tokenizer: Any) -> None:
-    stop, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+def test_the_text_is_without_special_tokens_and_outer_space(
+    tokenizer: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = tokenizer.eos_token_id
     text = tokenizer(" The moon.\n", add_special_tokens=False)["input_ids"]
-    assert as_answer([*text, stop, pad, pad], tokenizer) == Answer([*text, stop], "The moon.", True)
-    assert as_answer([*text, stop, *text, stop], tokenizer) == Answer([*text, stop], "The moon.", True)
-    assert as_answer([stop, pad], tokenizer) == Answer([stop], "", True)
-    assert as_answer(text, tokenizer) == Answer(text, "The moon.", False)
+    drawn = [Drawn([*text, stop], [0.0] * (len(text) + 1), True), Drawn([stop], [0.0], True), Drawn(text, [], False)]
+    monkeypatch.setattr("align.generate.draw", lambda *arguments, **options: drawn)
+    model = SimpleNamespace(generation_config=None)
+    assert generate_batch(model, tokenizer, prompts[:3], GenerationSection()) == [
+        Answer([*text, stop], "The moon.", True),
+        Answer([stop], "", True),
+        Answer(text, "The moon.", False),
+    ]
 
 
 def test_partial_batches_survive_a_kill(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from align import heads
+from align import heads, logprobs
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
@@ -29,7 +29,7 @@ def run(tiny_model: Path, lean: bool, labels: torch.Tensor, **extra: Any) -> tup
 @pytest.mark.parametrize("tile", [2048, 4])
 @pytest.mark.parametrize("extra", [{}, {"num_items_in_batch": 7}])
 def test_equal_to_trl(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tile: int, extra: dict[str, int]) -> None:
-    monkeypatch.setattr(heads, "TILE", tile)
+    monkeypatch.setattr(logprobs, "TILE", tile)
     labels = torch.arange(3 * 11).reshape(3, 11) % 200 + 3
     labels[0, :5] = labels[1, :8] = labels[2, 9:] = -100
     (theirs, their_grads), (ours, our_grads) = (run(tiny_model, lean, labels, **extra) for lean in (False, True))

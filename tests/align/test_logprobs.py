@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align.logprobs import Pair, answer_logprobs, by_length, collate
+from align import logprobs
+from align.logprobs import Pair, answer_logprobs, by_length, by_tiles, collate
 from align.models import merged
 
 PAD = 0
@@ -134,7 +135,14 @@ def gpt2() -> Any:
     )
 
 
-@pytest.mark.parametrize("make", [gemma2, cohere, granite, gpt2])
+def falcon_h1() -> Any:
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    mamba = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+    return FalconH1ForCausalLM(FalconH1Config(**SHAPE, **mamba, lm_head_multiplier=0.1))
+
+
+@pytest.mark.parametrize("make", [gemma2, cohere, granite, gpt2, falcon_h1])
 def test_other_architectures_equal_their_own_forward(make: Any, pairs: list[Pair]) -> None:
     """Caps, scales and windows of the vocabulary's logits are those of the model's own forward."""
     torch.manual_seed(0)
@@ -152,6 +160,79 @@ def test_the_cap_of_gemma2_matters_here(pairs: list[Pair]) -> None:
     capped = torch.cat(answer_logprobs(model, pairs, PAD))
     model.config.final_logit_softcapping = None
     assert (capped - torch.cat(answer_logprobs(model, pairs, PAD))).abs().max() > 0.1
+
+
+# Tiles
+
+
+def weighted(hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Three outputs of one vocabulary product: with gradient, without, and of another type."""
+    logits_NV = hidden_NH @ MATRIX_HV
+    logprobs_N = torch.log_softmax(logits_NV, -1).gather(1, targets_N[:, None])[:, 0]
+    return logprobs_N, logits_NV.detach().mean(-1), logits_NV.argmax(-1) == targets_N
+
+
+MATRIX_HV = torch.randn(8, 30, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+@pytest.mark.parametrize("count", [0, 1, 6, 7, 21, 23])
+@pytest.mark.parametrize("tile", [1, 2, 7, 22, 100, None])
+def test_tiles_equal_the_whole(count: int, tile: int | None) -> None:
+    torch.manual_seed(count)
+    start_NH, targets_N, weight_N = torch.randn(count, 8), torch.randint(30, (count,)), torch.randn(count)
+
+    def run(tiled: bool) -> tuple[Any, ...]:
+        hidden_NH = start_NH.clone().requires_grad_()
+        outputs = by_tiles(weighted, hidden_NH, targets_N, tile=tile) if tiled else weighted(hidden_NH, targets_N)
+        loss = (outputs[0] * weight_N).sum() + outputs[0].exp().sum()
+        return outputs, *torch.autograd.grad(loss, [hidden_NH, MATRIX_HV])
+
+    (wanted, *wanted_grads), (found, *found_grads) = run(tiled=False), run(tiled=True)
+    assert [part.shape for part in found] == [(count,)] * 3
+    assert [part.dtype for part in found] == [torch.float32, torch.float32, torch.bool]
+    assert [part.requires_grad for part in found] == [True, False, False]
+    for a, b in zip((*found, *found_grads), (*wanted, *wanted_grads), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        for a, b in zip(by_tiles(weighted, start_NH, targets_N, tile=tile), wanted, strict=True):
+            torch.testing.assert_close(a, b.detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_logits_exist_for_one_tile_only() -> None:
+    """Up to one tile what is held is kept; beyond it every tile is computed twice, and never is more than one held."""
+    sizes: list[int] = []
+
+    def head(hidden_NH: torch.Tensor) -> tuple[torch.Tensor]:
+        sizes.append(len(hidden_NH))
+        return (torch.log_softmax(hidden_NH @ MATRIX_HV, -1)[:, 0],)
+
+    def held(count: int) -> int:
+        """Numbers kept for the backward pass that are of the vocabulary's width."""
+        kept: list[int] = []
+
+        def keep(value: torch.Tensor) -> torch.Tensor:
+            if value.shape[-1:] == (30,) and value.shape[0] != 8:
+                kept.append(value.numel())
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            (logprobs_N,) = by_tiles(head, torch.randn(count, 8, requires_grad=True), tile=5)
+        forward = sum(kept)
+        logprobs_N.sum().backward()
+        return forward
+
+    assert held(5) == 5 * 30 and sizes == [5]
+    sizes.clear()
+    assert held(12) == 0
+    assert sorted(sizes) == [2, 2, 5, 5, 5, 5]
+    MATRIX_HV.grad = None
+
+
+def test_the_tile_does_not_matter_to_logprobs(model: Any, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = answer_logprobs(model, pairs, PAD)
+    for tile in (1, 9, 64):
+        monkeypatch.setattr(logprobs, "TILE", tile)
+        assert_same(answer_logprobs(model, pairs, PAD), wanted)
 
 
 def test_empty_answers_give_empty_rows(model: Any, pairs: list[Pair]) -> None:
