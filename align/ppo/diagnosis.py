@@ -496,7 +496,7 @@ _EXPLAINED_BY = {
     "sampling-mismatch": {"kl-negative"},
     "learning-rate-too-high": {"reward-not-finite"},
     "policy-still": {"reward-constant"},
-    "critic-explains-nothing": {"reward-constant", "critic-diverges"},
+    "critic-explains-nothing": {"reward-constant", "critic-diverges", "policy-still", "learning-rate-too-high"},
     "answers-ramble": {"reward-is-length"},
     "mode-collapse": {"answers-vanish"},
 }
