@@ -1,4 +1,4 @@
-"""Does PPO here learn as much from as many episodes as TRL's last PPO? On a tiny model, with a reward that can be checked.
+"""What PPO here learns from as many episodes as TRL's last PPO, on a tiny model with a reward that can be checked.
 
     python benchmarks/ppo_learning.py --seeds 5 --out result.json
 
@@ -10,12 +10,12 @@ of such tokens among its 8, computed by one function from token ids on both side
 there the function is dressed as one: a "backbone" whose output at a sequence's last position is the score. Every
 sequence is scored by the function itself, no approximation is learned.
 
-The same on both sides: weights at the start (policy, reference and LoRA), prompts, 600 episodes in updates of 24, 4 passes
-of one optimiser step, LoRA (rank 8 on every linear layer), AdamW at a constant 3e-3, KL coefficient 0.02 on the k1
-estimate, temperature 1 over the whole vocabulary, clip ranges 0.2, value coefficient 0.1, gamma 1, lambda 0.95, whitened
-advantages. Nothing stops early: both are given a stop token one past the vocabulary, and TRL, which takes a sampled
-padding token for the end of an answer, pads with one past the vocabulary as well. So every answer has 8 tokens, and
-what either makes of an answer without a stop token plays no part.
+The same on both sides: weights at the start (policy, reference and LoRA), prompts, 600 episodes in updates of 24, 4
+passes of one optimiser step, LoRA (rank 8 on every linear layer), AdamW at a constant 3e-3, KL coefficient 0.02 on the
+k1 estimate, temperature 1 over the whole vocabulary, clip ranges 0.2, value coefficient 0.1, gamma 1, lambda 0.95,
+whitened advantages. Nothing stops early: both are given a stop token one past the vocabulary, and TRL, which takes a
+sampled padding token for the end of an answer, pads with one past the vocabulary as well. So every answer has 8 tokens,
+and what either makes of an answer without a stop token plays no part.
 
 What is left different, because it is part of the designs compared: the value function (a linear head on the policy that
 starts at 0 here; there a second model, trained whole as in TRL's examples, or `--trl-value lora` or `frozen`: only LoRA
@@ -93,7 +93,10 @@ def main() -> None:
         work = Path(folder)
         child(args, "prepare", work, None)
         runs = {side: child(args, side, work, trl_folder(args.trl) if side == "trl" else None) for side in SIDES}
-    result = {"settings": PPO | {"prompts": len(PROMPTS), "trl_value": args.trl_value}, "runs": runs}
+    for ours, trl in zip(runs["ours"], runs["trl"], strict=True):
+        if ours["start"] != trl["start"]:
+            sys.exit(f"seed {ours['seed']} starts from other weights: {ours['start']} and {trl['start']}")
+    result: dict[str, Any] = {"settings": PPO | {"prompts": len(PROMPTS), "trl_value": args.trl_value}, "runs": runs}
     result["summary"] = summary(runs)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
@@ -159,9 +162,17 @@ def table(runs: dict[str, list[dict[str, Any]]], means: dict[str, Any]) -> str:
     for key in ("score", "after_score"):
         difference, error = means[key]["difference"], means[key]["standard_error"]
         lines.append(f"ours - trl, {figures[key]}: {difference:+.2f}, standard error {error:.2f} over seeds")
-    below = min(means[key]["difference"] for key in ("score", "after_score"))
-    lines.append("ours is not below TRL's" if below >= 0 else f"ours is below TRL's by {-below:.2f}")
+    lines.append(verdict(means["after_score"]["difference"], means["after_score"]["standard_error"]))
     return "\n".join(lines)
+
+
+def verdict(difference: float, error: float) -> str:
+    """Of the scores after training, the less noisy ones: what the seeds allow to say."""
+    if difference < -2 * error:
+        return f"ours is below TRL's by {-difference:.2f}"
+    if difference > 2 * error:
+        return f"ours is above TRL's by {difference:.2f}"
+    return f"no difference: a loss of more than {max(0.0, 2 * error - difference):.2f} is excluded at 2 standard errors"
 
 
 # -- one side ---------------------------------------------------------------------------------------------------------
@@ -196,21 +207,37 @@ def prepare(folder: Path) -> None:
 
 
 def one_run(args: argparse.Namespace, work: Path, seed: int) -> dict[str, Any]:
-    import torch
-
     task = Task(work / "model")
-    torch.manual_seed(seed)
     started = time.perf_counter()
     if args.side == "ours":
-        policy, history = run_ours(task, work, seed)
+        trainer = build_ours(task, work, seed)
+        policy = trainer.cast.trained.policy
     else:
-        policy, history = run_trl(task, work, seed, args.trl_value)
+        trainer = build_trl(task, work, seed, args.trl_value)
+        policy = trainer.policy_model
+    start = weights(policy)
+    trainer.train()
     seconds = time.perf_counter() - started
+    if args.side == "ours":
+        history = [{"score": u["objective/score"], "kl": u["objective/kl"]} for u in trainer.history]
+    else:
+        logs = [log for log in trainer.state.log_history if "objective/scores" in log]
+        history = [{"score": u["objective/scores"], "kl": u["objective/kl"]} for u in logs]
     if len(history) != UPDATES:
         raise RuntimeError(f"{len(history)} updates were logged, not {UPDATES}")
     after_score, after_kl = task.measure(policy)
     last = {key: statistics.fmean(update[key] for update in history[-LAST:]) for key in ("score", "kl")}
-    return {"seed": seed, **last, "after_score": after_score, "after_kl": after_kl, "s": seconds, "history": history}
+    after = {"after_score": after_score, "after_kl": after_kl}
+    return {"seed": seed, "start": start, **last, **after, "seconds": seconds, "history": history}
+
+
+def weights(policy: Any) -> dict[str, float]:
+    """Sums over the base and the adapter, to see that both sides start from the same."""
+    sums = {"base": 0.0, "lora_A": 0.0, "lora_B": 0.0}
+    for name, parameter in policy.named_parameters():
+        part = next((key for key in ("lora_A", "lora_B") if key in name), "base")
+        sums[part] += float(parameter.detach().double().abs().sum())
+    return sums
 
 
 class Task:
@@ -240,7 +267,7 @@ class Task:
         return 4 * sum(self.tokens[i][-1] in "aeiou" for i in answer) / len(answer)
 
     def measure(self, policy: Any) -> tuple[float, float]:
-        """Mean score and KL (nats an answer) of 20 answers to every prompt, the same random numbers for every policy."""
+        """Mean score and KL (nats an answer) of 20 answers to every prompt, with the same random numbers every time."""
         import torch
 
         from align.decode import draw
@@ -264,26 +291,28 @@ def lora() -> Any:
     return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules=LINEAR)
 
 
-def run_ours(task: Task, work: Path, seed: int) -> tuple[Any, list[dict[str, float]]]:
+def build_ours(task: Task, work: Path, seed: int) -> Any:
+    import torch
+
     from align.ppo import PPOConfig, PPOTrainer
 
     def vowels(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [task.score(answer) for answer in completion_ids]
 
-    trainer = PPOTrainer(
-        model=task.policy(),
+    policy = task.policy()
+    torch.manual_seed(seed)  # of LoRA's weights
+    return PPOTrainer(
+        model=policy,
         reward=vowels,
         args=PPOConfig(output_dir=str(work / "ours"), seed=seed, stop_token_ids=[task.beyond], **PPO, **TRAINER),
         train_dataset=[{"prompt": prompt} for prompt in PROMPTS],
         processing_class=task.tokenizer,
         peft_config=lora(),
     )
-    trainer.train()
-    history = [{"score": u["objective/score"], "kl": u["objective/kl"]} for u in trainer.history]
-    return trainer.cast.trained.policy, history
 
 
-def run_trl(task: Task, work: Path, seed: int, value_trained: str) -> tuple[Any, list[dict[str, float]]]:
+def build_trl(task: Task, work: Path, seed: int, value_trained: str) -> Any:
+    import torch
     import trl
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -295,8 +324,10 @@ def run_trl(task: Task, work: Path, seed: int, value_trained: str) -> tuple[Any,
     task.tokenizer.padding_side = "left"
     if task.tokenizer.pad_token_id != task.beyond:
         raise RuntimeError(f"padding is token {task.tokenizer.pad_token_id}, not {task.beyond}")
-    policy = task.policy()
-    trainer = PPOTrainer(
+    torch.manual_seed(seed)  # of the value head's weights
+    policy, reward, value = task.policy(), reward_model(task), value_model(task, value_trained)
+    torch.manual_seed(seed)  # of LoRA's weights
+    return PPOTrainer(
         args=PPOConfig(
             output_dir=str(work / "trl"),
             seed=seed,
@@ -310,18 +341,15 @@ def run_trl(task: Task, work: Path, seed: int, value_trained: str) -> tuple[Any,
         processing_class=task.tokenizer,
         model=policy,
         ref_model=None,  # the policy with its adapter off
-        reward_model=reward_model(task),
-        value_model=value_model(task, value_trained),
+        reward_model=reward,
+        value_model=value,
         train_dataset=Dataset.from_dict({"input_ids": ids}),
         peft_config=lora(),
     )
-    trainer.train()
-    logs = [log for log in trainer.state.log_history if "objective/scores" in log]
-    return trainer.policy_model, [{"score": u["objective/scores"], "kl": u["objective/kl"]} for u in logs]
 
 
 def reward_model(task: Task) -> Any:
-    """The function as TRL's `get_reward` reads a model: `score(backbone(...).hidden_states[-1])` at the last position."""
+    """The function as TRL's `get_reward` reads a model: `score(backbone(...).hidden_states[-1])` at the last place."""
     import torch
     from transformers.utils import ModelOutput
 

@@ -436,8 +436,8 @@ def _mode_collapse(run: _Run) -> Finding | None:
 
 
 def _returns_settled(run: _Run) -> bool:
-    """Whether returns hardly vary any more, as where every answer is good: then there is nothing to explain."""
-    return run.recent("return/std") < 0.5 * run.first("return/std")
+    """Whether returns have lost half of their variance, as where answers have become good: little is left to explain."""
+    return run.recent("return/std") < 0.7 * run.first("return/std")
 
 
 def _critic_diverges(run: _Run) -> Finding | None:

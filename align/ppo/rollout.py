@@ -48,27 +48,23 @@ class Rollout:
 
     def rows(self, indices: list[int]) -> Rollout:
         """The episodes with these numbers, still padded to this rollout's T."""
-        picked: dict[str, Any] = {}
-        for part in fields(self):
-            value = getattr(self, part.name)
+        return self._each(lambda value: [value[i] for i in indices] if isinstance(value, list) else value[indices])
+
+    def to(self, device: torch.device | str) -> Rollout:
+        return self._each(lambda value: value if isinstance(value, list) else value.to(device))
+
+    def _each(self, function: Callable[[Any], Any]) -> Rollout:
+        changed: dict[str, Any] = {}
+        for name, value in self.state().items():
             if isinstance(value, dict):
-                picked[part.name] = {name: scores[indices] for name, scores in value.items()}
+                changed[name] = {key: function(scores) for key, scores in value.items()}
             else:
-                picked[part.name] = [value[i] for i in indices] if isinstance(value, list) else value[indices]
-        return Rollout(**picked)
+                changed[name] = None if value is None else function(value)
+        return Rollout(**changed)
 
     def state(self) -> dict[str, Any]:
         """Plain lists, dicts and tensors, for a checkpoint."""
         return {part.name: getattr(self, part.name) for part in fields(self)}
-
-    def to(self, device: torch.device | str) -> Rollout:
-        moved: dict[str, Any] = self.state()
-        for name, value in moved.items():
-            if isinstance(value, dict):
-                moved[name] = {key: scores.to(device) for key, scores in value.items()}
-            elif isinstance(value, Tensor):
-                moved[name] = value.to(device)
-        return Rollout(**moved)
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from align.ppo import PPOConfig, PPOTrainer, maths
 from align.ppo.rollout import Rollout, sample_episodes, shape_and_estimate
 from reward.records import InputError
+from reward.scoring import score
 
 
 def weights_of(trainer: PPOTrainer) -> dict[str, Tensor]:
@@ -497,6 +498,19 @@ def test_a_reward_adapter_and_a_function_are_mixed(make_trainer: Any, vowels: An
         wanted = [a + 0.5 * b for a, b in zip(r.parts["reward_model"].tolist(), vowels(r.answers), strict=True)]
         assert r.score_B.tolist() == pytest.approx(wanted, abs=1e-5)
         assert trainer.history[1]["objective/kl"] > 0 and "reward/reward_model" in trainer.history[0]
+
+
+def test_mixed_precision_is_the_policys_and_not_the_rewards(
+    make_trainer: Any, reward_adapter: Any, loud_model: Path, tokenizer: Any
+) -> None:
+    folder = reward_adapter()
+    trainer = make_trainer(reward=str(folder), bf16=True, total_episodes=8)
+    trainer.train()
+    plain = AutoModelForSequenceClassification.from_pretrained(loud_model, num_labels=1, dtype=torch.float32)
+    plain.config.pad_token_id = tokenizer.pad_token_id
+    rows = [prompt + answer for prompt, answer in trainer.rollout.pairs]
+    expected = score(PeftModel.from_pretrained(plain, folder), rows, tokenizer.pad_token_id)
+    assert trainer.rollout.score_B.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_whole_classifier_in_a_folder_on_another_base(make_trainer: Any, tiny_model: Path, tmp_path: Path) -> None:
