@@ -436,7 +436,7 @@ def _mode_collapse(run: _Run) -> Finding | None:
 
 
 def _returns_settled(run: _Run) -> bool:
-    """Whether returns have lost half of their variance, as where answers have become good: little is left to explain."""
+    """Whether returns have lost half of their variance, as where answers became good: little is left to explain."""
     return run.recent("return/std") < 0.7 * run.first("return/std")
 
 

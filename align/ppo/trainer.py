@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 
 from align import ranks
 from align.config import ModelSection
@@ -112,6 +112,7 @@ class PPOTrainer(Trainer):
         rewards = list(reward) if isinstance(reward, (list, tuple)) else [reward]
         if reward_processing_classes is not None and not isinstance(reward_processing_classes, (list, tuple)):
             reward_processing_classes = [reward_processing_classes]
+        set_seed(args.seed)  # new adapters are drawn: by the seed, whatever was drawn before
         with ranks.gathered(model), ranks.loading_whole():  # a reference copied and rewards loaded here stay whole
             self.cast = build_cast(
                 model,

@@ -151,7 +151,6 @@ def make_trainer(
             "dataloader_pin_memory": False,
             "seed": 5,
         }
-        torch.manual_seed(3)  # of new adapters
         trainer = PPOTrainer(args=PPOConfig(**(settings | given)), **own)
         trainer.remove_callback(PrinterCallback)
         return trainer

@@ -17,8 +17,8 @@ from align.ppo import PPOConfig, PPOTrainer
 from align.ppo.rollout import Rollout
 from reward.records import InputError
 
-# Every fourth token ends an answer: lengths differ, and some answers reach the limit.
-STOPS = list(range(0, 393, 4))
+# Every sixth token ends an answer: lengths differ, and some answers reach the limit.
+STOPS = list(range(0, 393, 6))
 SHOWN = [{"prompt": f"Count to {i}.", "completion": " one" * (i + 1)} for i in range(8)]
 
 
@@ -88,7 +88,7 @@ def test_a_lower_temperature_is_less_random(make_trainer: Any) -> None:
 
 
 def test_answers_end_with_the_first_stop_token_or_at_the_limit(make_trainer: Any, tokenizer: Any) -> None:
-    trainer = make_trainer(stop_token_ids=STOPS, response_length=6)
+    trainer = make_trainer(stop_token_ids=STOPS, response_length=6, per_device_train_batch_size=24)
     r = rollout_of(trainer)
     assert len({len(answer) for answer in r.answers}) > 2 and {True, False} == set(r.finished_B.tolist())
     for answer, finished in zip(r.answers, r.finished_B.tolist(), strict=True):
@@ -164,7 +164,9 @@ def test_clip_and_penalties_change_the_score_by_exactly_their_amounts(make_train
         {"reward_clip": 2.5, "missing_eos_penalty": 1.5, "overlong_penalty": 3.0, "overlong_buffer": 4},
     ]
     for own in options:
-        trainer = make_trainer(reward=by_level, stop_token_ids=STOPS, kl_coef=0.3, **own)
+        trainer = make_trainer(
+            reward=by_level, stop_token_ids=STOPS, kl_coef=0.3, per_device_train_batch_size=24, **own
+        )
         stir(trainer.cast.trained.policy)
         r = rollout_of(trainer)
         scores = by_level([prompt.columns["level"] for prompt in trainer.update_prompts(0)])
@@ -175,13 +177,15 @@ def test_clip_and_penalties_change_the_score_by_exactly_their_amounts(make_train
         if "reward_clip" in own:
             wanted = [min(max(score, -2.5), 2.5) for score in wanted]
             assert 0 < trainer._figures["objective/score_clipped"] < 1
-            assert trainer._figures["objective/score_clipped"] == sum(abs(score) > 2.5 for score in scores) / 8
+            assert trainer._figures["objective/score_clipped"] == pytest.approx(
+                sum(abs(score) > 2.5 for score in scores) / 24
+            )
         if "missing_eos_penalty" in own:
             wanted = [w - (0 if done else 1.5) for w, done in zip(wanted, r.finished_B.tolist(), strict=True)]
         if "overlong_penalty" in own:  # nothing up to 4 tokens, then 0.75 a token
             wanted = [w - 0.75 * max(0, length - 4) for w, length in zip(wanted, lengths, strict=True)]
         assert shaped(trainer, r) == pytest.approx(wanted, abs=1e-5)
-        assert trainer._figures["objective/score"] == pytest.approx(sum(scores) / 8)
+        assert trainer._figures["objective/score"] == pytest.approx(sum(scores) / 24)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "full"])
