@@ -195,7 +195,7 @@ def test_wrong_type(file: Path, text: str, sentence: str) -> None:
         ("stages: [sft, dpo, sft]\n", "`stages` is ['sft', 'dpo', 'sft'], where a stage is named twice"),
         ("label:\n  source: crowd\n", "but one of 'simulated', 'dataset' or 'people' is wanted."),
         ("model:\n  dtype: float8\n", "but one of 'auto', 'float32', 'bfloat16' or 'float16' is wanted."),
-        ("ppo:\n  kl_estimator: k4\n", "but one of 'k1', 'k2' or 'k3' is wanted."),
+        ("ppo:\n  kl_estimator: k4\n", "but one of 'k1', 'k2', 'k3' or 'full' is wanted."),
         ("name: ../x\n", "`name` is '../x' (text), but text of letters, digits, dots, dashes and underscores"),
     ],
 )
@@ -237,7 +237,7 @@ def test_trainer_keys_pass_through_by_their_own_names(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("section", "ours"),
-    [("sft", set()), ("reward", {"margin"}), ("dpo", set()), ("ppo", {"max_prompt_length"})],
+    [("sft", set()), ("reward", {"margin"}), ("dpo", set()), ("ppo", {"max_prompt_length", "rewards"})],
 )
 def test_every_documented_key_is_the_trainers_or_known_to_be_ours(section: str, ours: set[str]) -> None:
     """A key that the trainer does not know is dropped on the way to it: a renamed one would be without effect."""

@@ -48,12 +48,18 @@ def pipeline(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-def launch(pipeline: Path, stage: str, accelerate: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def launcher_file(pipeline: Path, accelerate: str) -> str:
+    """One of the repository's, with a port of its own: another launcher may be at work on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-    command += ["--config_file", str(ROOT / "configs/accelerate" / accelerate)]
+    own = pipeline.with_name(accelerate)
+    own.write_text((ROOT / "configs/accelerate" / accelerate).read_text() + f"main_process_port: {port}\n")
+    return str(own)
+
+
+def launch(pipeline: Path, stage: str, accelerate: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launcher_file(pipeline, accelerate)]
     command += ["-m", "align", stage, str(pipeline), *overrides]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
@@ -61,7 +67,7 @@ def launch(pipeline: Path, stage: str, accelerate: str, *overrides: str) -> subp
 
 def align_run(pipeline: Path, accelerate: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "align", "run", str(pipeline), *overrides]
-    command += ["--accelerate", str(ROOT / "configs/accelerate" / accelerate)]
+    command += ["--accelerate", launcher_file(pipeline, accelerate)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
 

@@ -381,7 +381,7 @@ def test_unique_prompts_and_only() -> None:
     found = unique_prompts(first, second)
     assert [r["prompt"][0]["content"] for r in found] == ["Why?", "Who?", "When?"]
     assert [r["prompt_id"] for r in found] == [prompt_id(user_prompt(text)) for text in ("Why?", "Who?", "When?")]
-    assert {key for r in found for key in r} == {"prompt", "prompt_id", "split"}
+    assert {key for r in found for key in r} == {"prompt", "prompt_id", "split", "topic"}  # answers stay behind
     assert [r["prompt"][0]["content"] for r in only("test", found, "prompts")] == ["Who?"]
     with pytest.raises(InputError, match="none of the 1 prompts is on the test side"):
         only("test", found[:1], "prompts")
