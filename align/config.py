@@ -129,6 +129,9 @@ class TrainerSection(LibrarySection, Section):
     warmup_steps: float = Field(0.1, ge=0, description="Warm-up, in steps, or as a share of all steps if below 1.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping by global norm; 0 switches it off.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    share_prefixes: bool = Field(
+        True, description="Compute once what the rows of a batch begin with alike; the numbers are the same."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory.")
     bf16: bool | None = Field(
         None, description="Autocast to bfloat16; null: on a GPU whose dtype is bfloat16, else off."
@@ -304,8 +307,10 @@ class PpoSection(TrainerSection):
     stop_token_ids: list[int] | None = Field(
         None, min_length=1, description="Tokens that end an answer; null: the model's and the tokenizer's own."
     )
-    old_logprobs: Literal["recomputed", "rollout"] = Field(
-        "recomputed", description="What the ratio is taken against: a forward pass of training, or what was sampled."
+    old_logprobs: Literal["auto", "recomputed", "rollout"] = Field(
+        "auto",
+        description="What ratio and KL are taken against: a forward pass of training, or what was sampled; auto: "
+        "the latter in float32.",
     )
 
     rewards: list[PathOrName] = Field(

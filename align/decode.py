@@ -9,28 +9,31 @@ Shapes: B rows, T answer positions, H hidden size, V vocabulary. Prompts are pad
 
 from __future__ import annotations
 
-import contextlib
 import math
 import weakref
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from align.logprobs import base_model, vocabulary_logits
+from align.lora import for_few_rows
 
 
 @dataclass
 class Drawn:
     """One answer: its tokens (with the stop token where it stopped by itself) and their log-probabilities in nats,
-    at the temperature they were drawn at and over the whole vocabulary, whatever top-k and top-p left of it."""
+    at the temperature they were drawn at and over the whole vocabulary, whatever top-k and top-p left of it.
+
+    observed: what `observe` said of the state before each token; empty without it.
+    """
 
     ids: list[int]
     logprobs: list[float]
     finished: bool
+    observed: list[list[float]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -44,6 +47,7 @@ def draw(
     top_p: float = 1.0,
     top_k: int = 0,
     uniform_BT: Tensor | None = None,
+    observe: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> list[Drawn]:
     """One answer to each tokenised prompt, in the order given.
 
@@ -53,6 +57,8 @@ def draw(
         temperature: 0 is greedy; log-probabilities are then those at temperature 1.
         uniform_BT: all the randomness there is: for each row and position a float64 number between 0 and 1. None:
             torch's own generator (seed it before) makes them, all at the start.
+        observe: called with the last hidden states BH and the logits BV from which a token is drawn; what it returns, a
+            few figures a row, is kept with the answers.
 
     Raises:
         ValueError: a prompt is empty, the logits are not numbers, or the model is none that can be drawn from here.
@@ -79,32 +85,37 @@ def draw(
     rows = list(range(len(prompts)))  # the prompts whose answers are still being written
     cache = _new_cache(model)
     position_BS = (attention_BS.cumsum(1) - 1).clamp(min=0)
-    for t in range(max_new_tokens):
-        logits_BV = _next_logits(model, cache, ids_BS, attention_BS, position_BS)
-        token_B, logprob_B = _pick(logits_BV, uniform_BT[:, t], temperature, top_p, top_k)
-        stops_B = torch.isin(token_B, stop)
-        for row, token, logprob, stops in zip(
-            rows, token_B.tolist(), logprob_B.tolist(), stops_B.tolist(), strict=True
-        ):
-            if math.isnan(logprob):
-                raise ValueError(
-                    f"the model's logits are not numbers at token {t} of the answer to prompt {row}: its weights have "
-                    "diverged (lower the learning rate) or overflow in float16 (take bfloat16 or float32)."
-                )
-            answers[row].ids.append(token)
-            answers[row].logprobs.append(logprob)
-            answers[row].finished = stops
-        if bool(stops_B.all()):
-            break
-        position_BS = position_BS[:, -1:] + 1
-        ids_BS = token_B[:, None]
-        if bool(stops_B.any()):
-            staying = (~stops_B).nonzero()[:, 0]
-            rows = [rows[i] for i in staying.tolist()]
-            cache.reorder_cache(staying)  # unlike `batch_select_indices`, recurrent layers have it too
-            ids_BS, position_BS = ids_BS[staying], position_BS[staying]
-            attention_BS, uniform_BT = attention_BS[staying], uniform_BT[staying]
-        attention_BS = torch.cat([attention_BS, attention_BS.new_ones((len(rows), 1))], dim=1)
+    with for_few_rows(model):
+        for t in range(max_new_tokens):
+            hidden_BH = _next_hidden(model, cache, ids_BS, attention_BS, position_BS)
+            logits_BV = vocabulary_logits(model, hidden_BH)
+            if observe is not None:
+                for row, figures in zip(rows, observe(hidden_BH, logits_BV).tolist(), strict=True):
+                    answers[row].observed.append(figures)
+            token_B, logprob_B = _pick(logits_BV, uniform_BT[:, t], temperature, top_p, top_k)
+            stops_B = torch.isin(token_B, stop)
+            for row, token, logprob, stops in zip(
+                rows, token_B.tolist(), logprob_B.tolist(), stops_B.tolist(), strict=True
+            ):
+                if math.isnan(logprob):
+                    raise ValueError(
+                        f"the model's logits are not numbers at token {t} of the answer to prompt {row}: its weights "
+                        "have diverged (lower the learning rate) or overflow in float16 (take bfloat16 or float32)."
+                    )
+                answers[row].ids.append(token)
+                answers[row].logprobs.append(logprob)
+                answers[row].finished = stops
+            if bool(stops_B.all()):
+                break
+            position_BS = position_BS[:, -1:] + 1
+            ids_BS = token_B[:, None]
+            if bool(stops_B.any()):
+                staying = (~stops_B).nonzero()[:, 0]
+                rows = [rows[i] for i in staying.tolist()]
+                cache.reorder_cache(staying)  # unlike `batch_select_indices`, recurrent layers have it too
+                ids_BS, position_BS = ids_BS[staying], position_BS[staying]
+                attention_BS, uniform_BT = attention_BS[staying], uniform_BT[staying]
+            attention_BS = torch.cat([attention_BS, attention_BS.new_ones((len(rows), 1))], dim=1)
     return answers
 
 
@@ -115,7 +126,11 @@ def _new_cache(model: Any) -> Any:
 
 
 def _next_logits(model: Any, cache: Any, ids_BS: Tensor, attention_BS: Tensor, position_BS: Tensor) -> Tensor:
-    """Logits BV after the last of these tokens; `attention_BS` spans those in the cache too."""
+    return vocabulary_logits(model, _next_hidden(model, cache, ids_BS, attention_BS, position_BS))
+
+
+def _next_hidden(model: Any, cache: Any, ids_BS: Tensor, attention_BS: Tensor, position_BS: Tensor) -> Tensor:
+    """Hidden states BH of the last of these tokens; `attention_BS` spans those in the cache too."""
     decoder = base_model(model).get_decoder()
     output = decoder(
         input_ids=ids_BS,
@@ -124,7 +139,7 @@ def _next_logits(model: Any, cache: Any, ids_BS: Tensor, attention_BS: Tensor, p
         past_key_values=cache,
         use_cache=True,
     )
-    return vocabulary_logits(model, output.last_hidden_state[:, -1])
+    return output.last_hidden_state[:, -1]
 
 
 _KNOWN: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -174,62 +189,6 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     ids = getattr(getattr(base_model(model), "generation_config", None), "eos_token_id", None)
     found = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
     return sorted(i for i in found if 0 <= i < len(tokenizer))
-
-
-@contextlib.contextmanager
-def folded(model: Any) -> Iterator[bool]:
-    """Inside, the active LoRA adapter is folded into the base weights; afterwards they are restored bit for bit.
-
-    An adapter left beside its weights costs more than half of decoding time again, for a product no wider than its
-    rank. Unfolding by subtraction would leave rounding in the base after every update, so the originals are set aside:
-    for the time of sampling, when no activations are held, the adapted weights exist twice.
-
-    Yields whether anything was folded: quantised or shared weights and layers PEFT cannot fold are left alone.
-    """
-    layers = _foldable(model)
-    if not layers:
-        yield False
-        return
-    weights = [layer.get_base_layer().weight for layer in layers]
-    originals = [weight.detach().clone() for weight in weights]
-    try:
-        for layer in layers:
-            layer.merge()
-        yield True
-    finally:
-        for layer in layers:
-            if layer.merged:
-                layer.unmerge()
-        with torch.no_grad():
-            for weight in reversed(weights):
-                weight.copy_(originals.pop())
-
-
-def _foldable(model: Any) -> list[Any]:
-    """The LoRA layers with an active adapter, if every one of them can be folded; else none."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.merged and not m.disable_adapters]
-    layers = [layer for layer in layers if set(layer.active_adapters) & set(getattr(layer, "lora_A", {}))]
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    return layers if all(_is_plain(m) and owners[id(m.get_base_layer().weight)] == 1 for m in layers) else []
-
-
-def _is_plain(layer: Any) -> bool:
-    """Whether it is LoRA or DoRA on a linear layer that does nothing else with its weight, held in floating point.
-
-    A subclass may quantise its weight on the fly; of the other variants of LoRA some cannot be folded, some are random.
-    """
-    from peft.tuners.lora import Linear
-    from peft.tuners.lora.variants import DoraLinearVariant
-    from transformers.pytorch_utils import Conv1D
-
-    if type(layer) is not Linear or type(layer.get_base_layer()) not in (torch.nn.Linear, Conv1D):
-        return False
-    if any(layer.lora_bias.values()) or any(type(v) is not DoraLinearVariant for v in layer.lora_variant.values()):
-        return False
-    dtype = layer.get_base_layer().weight.dtype
-    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _pick(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:

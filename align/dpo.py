@@ -41,6 +41,8 @@ def run_dpo(config: Config, run: Run) -> dict[str, Any]:
         )
     if not section.model_dump().get("use_weighting"):  # WPO needs a figure that only TRL's own head computes
         lean_head(trainer.model)
+    reference = trainer.ref_model and trainer.accelerator.unwrap_model(trainer.ref_model)
+    training.make_lean(section, run, *filter(None, [trainer.model, reference]))
     closing = training.train(trainer, run)
     target = run.folder / "model"
     trainer.save_model(str(target))

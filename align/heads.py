@@ -11,11 +11,9 @@ from __future__ import annotations
 import types
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from align.logprobs import base_model, by_tiles, vocabulary_logits
-from align.ppo.maths import token_entropy, token_logprobs
+from align.logprobs import base_model, token_figures
 
 
 def lean_head(model: Any) -> None:
@@ -39,7 +37,7 @@ def lean_head(model: Any) -> None:
         hidden_BSH = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         labels_BS = labels[:, 1:]
         answer_BS = labels_BS != -100
-        per_token = _by_tiles(self, hidden_BSH[answer_BS], labels_BS[answer_BS])
+        per_token = token_figures(self, hidden_BSH[answer_BS], labels_BS[answer_BS])
         # masked_scatter keeps the graph connected when no position is labelled.
         log_probs, entropy, mean_logits, is_top1 = (
             values_N.new_zeros(answer_BS.shape).masked_scatter(answer_BS, values_N) for values_N in per_token
@@ -54,16 +52,3 @@ def lean_head(model: Any) -> None:
         )
 
     model.forward = types.MethodType(forward, model)
-
-
-def _by_tiles(model: Any, hidden_NH: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
-    """(logprobs, entropy, mean logit, label is the likeliest token), each N; only the first has a gradient."""
-
-    def tile(hidden_NH: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
-        logits_NV = vocabulary_logits(model, hidden_NH)
-        with torch.no_grad():
-            entropy_N, mean_N = token_entropy(logits_NV, 1.0), logits_NV.mean(-1)
-            top_N = logits_NV.argmax(-1) == labels_N
-        return token_logprobs(logits_NV, labels_N, 1.0), entropy_N, mean_N, top_N
-
-    return by_tiles(tile, hidden_NH, labels_N)

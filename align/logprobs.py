@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from align.ppo.maths import token_logprobs
+from align.ppo.maths import token_entropy, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +81,10 @@ def before_answers(hidden_BSH: Tensor, batch: Batch) -> Tensor:
     return hidden_BSH[:, :-1][batch.answer_BS[:, 1:]]
 
 
+# What some configs do to the logits after the matrix.
+SCALINGS = ("logit_scale", "lm_head_multiplier", "logits_scaling", "final_logit_softcapping")
+
+
 def vocabulary_logits(model: Any, hidden_NH: Tensor) -> Tensor:
     """Logits NV in f32 as the model's own forward makes them, including its scaling or soft cap where it has one."""
     model = base_model(model)
@@ -97,6 +102,108 @@ def vocabulary_logits(model: Any, hidden_NH: Tensor) -> Tensor:
 
 # Positions whose logits are held at a time; beyond it, tiles are computed again in the backward pass.
 TILE = 2048
+# With a frozen head nothing is kept for the backward pass, and small tiles stay in a CPU's caches.
+FROZEN_TILE = {"cpu": 256}
+
+
+def target_logprobs(model: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities N in nats of the targets, under softmax(logits / temperature) of the model's own head.
+
+    Where the head is a plain frozen matrix, its gradient is taken along in the forward pass: that of a log-probability
+    after the hidden state, `(W[target] - softmax(logits) W) / temperature`, depends on nothing that comes later, and it
+    is as small as the hidden state. So logits exist for one tile only, once.
+
+    Raises:
+        ValueError: the temperature is not positive.
+    """
+    return token_figures(model, hidden_NH, targets_N, temperature, only_logprobs=True).logprobs_N
+
+
+class TokenFigures(NamedTuple):
+    """What a head says of given tokens, each N. Only the first has a gradient."""
+
+    logprobs_N: Tensor  # nats
+    entropy_N: Tensor  # nats
+    mean_logit_N: Tensor
+    is_top1_N: Tensor  # bool: no other token is likelier
+
+
+def token_figures(
+    model: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float = 1.0, only_logprobs: bool = False
+) -> TokenFigures:
+    """As `target_logprobs`, and what trainers log beside it; `only_logprobs` leaves the others 0."""
+    head = base_model(model).get_output_embeddings()
+    if _is_frozen_matrix(model, head):
+        if temperature <= 0:
+            raise ValueError(f"The temperature is {temperature}; it must be positive.")
+        tile = FROZEN_TILE.get(hidden_NH.device.type, TILE)
+        wants_grad = torch.is_grad_enabled() and hidden_NH.requires_grad
+        settings = (temperature, tile, only_logprobs, wants_grad)
+        return TokenFigures(*_FrozenHead.apply(hidden_NH, head.weight, targets_N, *settings))
+
+    def figures(hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, ...]:
+        logits_NV = vocabulary_logits(model, hidden_NH)
+        logprobs_N = token_logprobs(logits_NV, targets_N, temperature)
+        return logprobs_N, *_extras(logits_NV.detach() / temperature, targets_N, only_logprobs)
+
+    return TokenFigures(*by_tiles(figures, hidden_NH, targets_N))
+
+
+@torch.no_grad()
+def _extras(logits_NV: Tensor, targets_N: Tensor, skip: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if skip:
+        none_N = logits_NV.new_zeros(len(targets_N))
+        return none_N, none_N, none_N.bool()
+    return token_entropy(logits_NV, 1.0), logits_NV.mean(-1), logits_NV.argmax(-1) == targets_N
+
+
+def _is_frozen_matrix(model: Any, head: Any) -> bool:
+    """Whether logits are `hidden W^T` and nothing else, of a whole W without gradient."""
+    config = base_model(model).config.get_text_config()
+    scaled = any(getattr(config, name, None) for name in SCALINGS)
+    if scaled or type(head) is not torch.nn.Linear or head.bias is not None or torch.is_autocast_enabled():
+        return False
+    return not head.weight.requires_grad and not hasattr(head.weight, "ds_id") and not head._forward_hooks
+
+
+class _FrozenHead(torch.autograd.Function):
+    """TokenFigures of a frozen matrix, tile by tile, with the gradient of the log-probabilities on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        targets_N: Tensor,
+        temperature: float,
+        tile: int,
+        only_logprobs: bool,
+        wants_grad: bool,
+    ) -> tuple[Tensor, ...]:
+        grad_NH = torch.empty_like(hidden_NH) if wants_grad else None
+        parts = []
+        for start in range(0, max(len(hidden_NH), 1), tile):
+            here = slice(start, start + tile)
+            logits_nV = (hidden_NH[here] @ weight_VH.T).float()
+            if temperature != 1:
+                logits_nV /= temperature
+            extras = _extras(logits_nV, targets_N[here], only_logprobs)
+            logprobs_nV = torch.log_softmax(logits_nV, -1)
+            parts.append((logprobs_nV.gather(1, targets_N[here, None])[:, 0], *extras))
+            if grad_NH is not None:
+                probs_nV = logprobs_nV.exp_().to(weight_VH.dtype)
+                grad_NH[here] = (weight_VH[targets_N[here]] - probs_nV @ weight_VH) / temperature
+        if grad_NH is not None:
+            ctx.save_for_backward(grad_NH)
+        figures = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(*figures[1:])
+        return figures
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor, *_: Any) -> tuple[Any, ...]:
+        (grad_NH,) = ctx.saved_tensors
+        return (grad_NH * grad_N[:, None]).to(grad_NH.dtype), None, None, None, None, None, None
 
 
 def by_tiles(
@@ -141,12 +248,7 @@ def answer_logprobs(
     for indices in by_length(pairs, batch_size):
         batch = collate([pairs[i] for i in indices], pad_id, device)
         hidden_NH = before_answers(hidden_states(model, batch), batch)
-        (logprobs_N,) = by_tiles(
-            lambda hidden, targets: (token_logprobs(vocabulary_logits(model, hidden), targets, temperature),),
-            hidden_NH,
-            batch.targets_N,
-        )
-        logprobs_BT = batch.spread(logprobs_N)
+        logprobs_BT = batch.spread(target_logprobs(model, hidden_NH, batch.targets_N, temperature))
         for row, index in enumerate(indices):
             result[index] = logprobs_BT[row][batch.answer_BT[row]].cpu()
         done += len(indices)

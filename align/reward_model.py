@@ -44,6 +44,7 @@ def run_reward(config: Config, run: Run) -> dict[str, Any]:
             models.lora_config(section.adapter, "SEQ_CLS", modules_to_save=keep) if section.adapter else None,
             margin=section.margin,
         )
+    training.make_lean(section, run, trainer.model)
     closing = training.train(trainer, run)
     target = run.folder / "model"
     trainer.save_model(str(target))

@@ -68,6 +68,7 @@ def run_sft(config: Config, run: Run) -> dict[str, Any]:
             peft_config=models.lora_config(section.adapter, "CAUSAL_LM") if section.adapter else None,
         )
     lean_head(trainer.model)
+    training.make_lean(section, run, trainer.model)
     closing = training.train(trainer, run)
 
     # The merged model is built from what was saved, not from what is in memory: under ZeRO no process holds it whole.

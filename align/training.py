@@ -69,6 +69,17 @@ def refused_settings(stage: str) -> Iterator[None]:
         raise InputError(f"{stage}: the trainer refuses its settings: {error}") from error
 
 
+def make_lean(section: TrainerSection, run: Run, *models: Any) -> None:
+    """Under a built trainer's models: nothing is computed twice. What cannot be spared is said."""
+    from align.lora import lean_lora
+    from align.prefix import share_prefixes
+
+    for model in models:
+        lean_lora(model)
+        if section.share_prefixes and (reason := share_prefixes(model)):
+            progress.say(f"  {run.stage}: every row is computed whole: {reason}")
+
+
 def train(trainer: Trainer, run: Run) -> dict[str, float]:
     """Train to the end, from the last complete checkpoint if there is one. Returns the trainer's closing figures."""
     checkpoint = last_checkpoint(Path(trainer.args.output_dir))

@@ -21,7 +21,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from align.logprobs import Batch, base_model, before_answers, by_tiles, collate, hidden_states, vocabulary_logits
+from align.logprobs import (
+    Batch,
+    base_model,
+    before_answers,
+    by_tiles,
+    collate,
+    hidden_states,
+    target_logprobs,
+    token_figures,
+    vocabulary_logits,
+)
 from align.ppo.maths import full_kl, token_entropy, token_logprobs
 from align.ppo.rewards import Episodes, Mixture, Reward, as_reward, same_tokenizer
 from reward.records import InputError, file_digest
@@ -80,31 +90,31 @@ class PolicyWithValue(nn.Module):
         """
         hidden_NH = before_answers(hidden_states(self.policy, batch), batch)
 
-        def head(hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-            logits_NV = vocabulary_logits(self.policy, hidden_NH)
-            logprobs_N = token_logprobs(logits_NV, targets_N, self.temperature)
-            if not with_entropy:
-                return logprobs_N, torch.zeros_like(logprobs_N)
-            return logprobs_N, token_entropy(logits_NV, self.temperature)
-
-        logprobs_N, entropy_N = by_tiles(head, hidden_NH, batch.targets_N)
+        if with_entropy:
+            logprobs_N, entropy_N = by_tiles(self._logprobs_and_entropy, hidden_NH, batch.targets_N)
+        else:
+            logprobs_N = target_logprobs(self.policy, hidden_NH, batch.targets_N, self.temperature)
+            entropy_N = torch.zeros_like(logprobs_N)
         ptx_nll = logprobs_N.new_zeros(())
         if ptx is not None:
             ptx_NH = before_answers(hidden_states(self.policy, ptx), ptx)
-
-            def likelihood(hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor]:
-                return (token_logprobs(vocabulary_logits(self.policy, hidden_NH), targets_N, 1.0),)
-
-            ptx_nll = -by_tiles(likelihood, ptx_NH, ptx.targets_N)[0].sum()
+            ptx_nll = -target_logprobs(self.policy, ptx_NH, ptx.targets_N).sum()
         value_NH = self._value_states(batch) if self.value_adapter else hidden_NH
         if critic_only and not self.value_adapter:
             value_NH = value_NH.detach()
-        value_N = self.value_head(value_NH.to(self.value_head.weight.dtype))[:, 0].float()
+        value_N = self.value_of(value_NH)
         return PolicyOutput(batch.spread(logprobs_N), batch.spread(value_N), batch.spread(entropy_N), ptx_nll)
+
+    def _logprobs_and_entropy(self, hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        logits_NV = vocabulary_logits(self.policy, hidden_NH)
+        return token_logprobs(logits_NV, targets_N, self.temperature), token_entropy(logits_NV, self.temperature)
 
     def values(self, batch: Batch, hidden_NH: Tensor) -> Tensor:
         """Values N from the policy's hidden states, or from the critic's own where it has an adapter."""
-        value_NH = self._value_states(batch) if self.value_adapter else hidden_NH
+        return self.value_of(self._value_states(batch) if self.value_adapter else hidden_NH)
+
+    def value_of(self, value_NH: Tensor) -> Tensor:
+        """Values N of the critic's own hidden states, in f32."""
         return self.value_head(value_NH.to(self.value_head.weight.dtype))[:, 0].float()
 
     def _value_states(self, batch: Batch) -> Tensor:
@@ -165,28 +175,37 @@ class Cast:
         policy, temperature = self.trained.policy, self.trained.temperature
         hidden_NH = before_answers(hidden_states(policy, batch), batch)
         ref_NH = self._reference_states(batch)
-
-        def head(hidden_NH: Tensor, ref_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, ...]:
-            logits_NV, ref_NV = vocabulary_logits(policy, hidden_NH), vocabulary_logits(self.reference, ref_NH)
-            both = token_logprobs(logits_NV, targets_N, temperature), token_logprobs(ref_NV, targets_N, temperature)
-            kl_N = full_kl(logits_NV, ref_NV, temperature) if with_full_kl else both[0] - both[1]
-            return *both, token_entropy(logits_NV, temperature), kl_N
-
-        logprobs_N, ref_N, entropy_N, kl_N = by_tiles(head, hidden_NH, ref_NH, batch.targets_N)
+        policy_figures = token_figures(policy, hidden_NH, batch.targets_N, temperature)
+        ref_N = target_logprobs(self.reference, ref_NH, batch.targets_N, temperature)
         value_N = self.trained.values(batch, hidden_NH)
-        logprobs_BT, ref_BT, value_BT, entropy_BT, kl_BT = map(
-            batch.spread, (logprobs_N, ref_N, value_N, entropy_N, kl_N)
+        kl_BT = None
+        if with_full_kl:
+
+            def full(hidden_NH: Tensor, ref_NH: Tensor) -> tuple[Tensor]:
+                logits_NV, ref_NV = vocabulary_logits(policy, hidden_NH), vocabulary_logits(self.reference, ref_NH)
+                return (full_kl(logits_NV, ref_NV, temperature),)
+
+            kl_BT = batch.spread(by_tiles(full, hidden_NH, ref_NH)[0])
+        return Views(
+            batch.spread(policy_figures.logprobs_N),
+            batch.spread(ref_N),
+            batch.spread(value_N),
+            batch.spread(policy_figures.entropy_N),
+            kl_BT,
         )
-        return Views(logprobs_BT, ref_BT, value_BT, entropy_BT, kl_BT if with_full_kl else None)
+
+    @torch.no_grad()
+    def judge_states(self, hidden_BH: Tensor, logits_BV: Tensor) -> Tensor:
+        """(value, entropy in nats at the sampling temperature) of the states that the sampler passes through, B2; for
+        a critic without an adapter of its own."""
+        value_B = self.trained.value_of(hidden_BH)
+        return torch.stack([value_B, token_entropy(logits_BV, self.trained.temperature)], dim=1)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities BT (nats) of the answers under the reference, at the sampling temperature."""
-
-        def head(hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor]:
-            return (token_logprobs(vocabulary_logits(self.reference, hidden_NH), targets_N, self.trained.temperature),)
-
-        return batch.spread(by_tiles(head, self._reference_states(batch), batch.targets_N)[0])
+        ref_NH = self._reference_states(batch)
+        return batch.spread(target_logprobs(self.reference, ref_NH, batch.targets_N, self.trained.temperature))
 
     def _reference_states(self, batch: Batch) -> Tensor:
         with switched(self.reference, None) if is_peft(self.reference) else contextlib.nullcontext():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -39,8 +40,11 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "Tokens that end an answer; None: the model's and tokenizer's own."}
     )
     old_logprobs: str = field(
-        default="recomputed",
-        metadata={"help": "Of the ratio: 'recomputed' by a forward pass, or as the 'rollout' drew."},
+        default="auto",
+        metadata={
+            "help": "What the ratio and the KL are taken against: 'recomputed' by a forward pass, as the 'rollout' "
+            "drew, or 'auto': the latter in float32, where the two are equal to rounding."
+        },
     )
 
     reward_weights: list[float] | None = field(
@@ -84,6 +88,10 @@ class PPOConfig(TrainingArguments):
     )
     critic_warmup_updates: int = field(default=0, metadata={"help": "First updates that train the critic only."})
     value_adapter: bool = field(default=False, metadata={"help": "A LoRA adapter of the critic's own."})
+    share_prefixes: bool = field(
+        default=True,
+        metadata={"help": "Compute once what the rows of a batch begin with alike."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +102,12 @@ class PPOConfig(TrainingArguments):
             ("rollout_batch_size", self.rollout_batch_size is None or self.rollout_batch_size >= 1, "at least 1"),
             ("response_length", self.response_length >= 1, "at least 1"),
             ("temperature", 0 < self.temperature < math.inf, "above 0"),
-            ("old_logprobs", self.old_logprobs in ("recomputed", "rollout"), "recomputed or rollout"),
+            ("old_logprobs", self.old_logprobs in ("auto", "recomputed", "rollout"), "auto, recomputed or rollout"),
+            (
+                "old_logprobs",
+                self.old_logprobs != "rollout" or not self._needs_forward,
+                "auto or recomputed with value_adapter or the full KL, which need that forward pass anyway",
+            ),
             ("kl_estimator", self.kl_estimator in ("k1", "k2", "k3", "full"), "k1, k2, k3 or full"),
             ("stop_token_ids", self.stop_token_ids != [], "at least one token, or None for the model's own"),
             ("reward_clip", self.reward_clip is None or self.reward_clip > 0, "above 0"),
@@ -128,6 +141,20 @@ class PPOConfig(TrainingArguments):
         for name, holds, wanted in checks:
             if not holds:
                 raise InputError(f"`{name}` is {getattr(self, name)}, but {wanted} is wanted.")
+
+    @property
+    def _needs_forward(self) -> bool:
+        return self.value_adapter or self.kl_estimator == "full"
+
+    def trusts_sampler(self, dtype: Any) -> bool:
+        """Whether log-probabilities, values and entropies of a rollout are the sampler's, for a policy of that dtype.
+
+        With 'auto' they are where nothing is rounded to half precision: there the sampler's folded weights and cached
+        keys give the training forward's numbers to a few millionths.
+        """
+        if self.old_logprobs == "auto":
+            return str(dtype) == "torch.float32" and not (self.bf16 or self.fp16 or self._needs_forward)
+        return self.old_logprobs == "rollout"
 
     @property
     def steps_per_update(self) -> int:

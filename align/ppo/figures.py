@@ -19,7 +19,6 @@ def figures_of(r: Rollout, reduce: Callable[[Tensor], Tensor]) -> dict[str, floa
         reduce: sums a tensor over all processes.
     """
     lengths_B = r.answer_BT.sum(1).float()
-    drift_BT = torch.where(r.answer_BT, r.sampled_logprobs_BT - r.policy_logprobs_BT, 0)
     per_answer = {
         "objective/score": r.score_B,
         "objective/kl": r.kl_BT.sum(1),
@@ -32,10 +31,10 @@ def figures_of(r: Rollout, reduce: Callable[[Tensor], Tensor]) -> dict[str, floa
     if r.reward_BT is not None:
         per_answer["objective/rlhf_reward"] = r.reward_BT.sum(1)
     moments = torch.stack([maths.masked_moments(x, ~x.isnan()) for x in per_answer.values()])
-    token_moments = [maths.masked_moments(x, r.answer_BT) for x in (drift_BT, drift_BT.abs())]
     if r.return_BT is not None:
-        token_moments += [maths.masked_moments(x, r.answer_BT) for x in (r.return_BT, r.return_BT - r.old_value_BT)]
-    sums = reduce(torch.cat([moments, torch.stack(token_moments)]))
+        critic = [maths.masked_moments(x, r.answer_BT) for x in (r.return_BT, r.return_BT - r.old_value_BT)]
+        moments = torch.cat([moments, torch.stack(critic)])
+    sums = reduce(moments)
     figures: dict[str, float] = {}
     for name, (count, total, squares) in zip(per_answer, sums.tolist(), strict=False):
         mean = total / count if count else math.nan
@@ -44,11 +43,10 @@ def figures_of(r: Rollout, reduce: Callable[[Tensor], Tensor]) -> dict[str, floa
             std = max(squares / count - mean**2, 0.0) ** 0.5 if count else math.nan
             # Of the KL, the standard error of the mean: it tells a negative estimate from a negative KL.
             figures[f"{name}_std"] = std / count**0.5 if name == "objective/kl" else std
-    drift, distance, *critic = sums[len(per_answer) :]
-    figures["sampling/kl"], figures["sampling/mismatch"] = (float(m[1] / m[0]) for m in (drift, distance))
-    if critic:
-        figures["value/explained_variance"] = float(maths.variance_explained(*critic))
-        figures["return/std"] = float(maths.mean_and_var(critic[0])[1] ** 0.5)
+    if r.return_BT is not None:
+        returns, errors = sums[len(per_answer) :]
+        figures["value/explained_variance"] = float(maths.variance_explained(returns, errors))
+        figures["return/std"] = float(maths.mean_and_var(returns)[1] ** 0.5)
     figures["episode/score_length_r"] = maths.correlation(reduce(maths.paired_moments(r.score_B, lengths_B)))
     return figures
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from align.decode import Drawn, draw, folded
+from align.decode import Drawn, draw
 from align.logprobs import Batch, Pair, by_length, collate
+from align.lora import folded
 from align.ppo import maths
-from align.ppo.cast import Cast
+from align.ppo.cast import Cast, Views
 from align.ppo.prompts import Prompt
 from align.ppo.rewards import Episodes
 
@@ -31,8 +32,7 @@ class Rollout:
     score_B: Tensor  # weighted sum of the rewards, before clipping and penalties
     parts: dict[str, Tensor]  # each reward's own scores B; NaN where it does not apply
     sampled_logprobs_BT: Tensor  # nats, as the sampler drew them
-    policy_logprobs_BT: Tensor  # nats, as the training forward gives them
-    old_logprobs_BT: Tensor  # one of these two: what the ratio is taken against
+    old_logprobs_BT: Tensor  # nats: what the ratio and the KL are taken against; these, or a training forward's
     ref_logprobs_BT: Tensor
     old_value_BT: Tensor
     entropy_BT: Tensor
@@ -95,18 +95,29 @@ def sample_episodes(
 ) -> Rollout:
     """Sample an answer to every prompt and let everyone in the cast look at it once; `seeds` as `sample_answers`."""
     cast.trained.eval()
-    answers = sample_answers(cast.trained.policy, [p.ids for p in prompts], args, stop_ids, seeds)
+    watched = args.trusts_sampler(next(cast.trained.policy.parameters()).dtype)
+    observe = cast.judge_states if watched else None
+    answers = sample_answers(cast.trained.policy, [p.ids for p in prompts], args, stop_ids, seeds, observe)
     pairs = [(prompt.ids, answer.ids) for prompt, answer in zip(prompts, answers, strict=True)]
     size, count = max(len(answer.ids) for answer in answers), len(pairs)
     device = next(cast.trained.parameters()).device
-    names = ("policy_logprobs_BT", "ref_logprobs_BT", "old_value_BT", "entropy_BT", "kl_BT")
+    names = ("old_logprobs_BT", "ref_logprobs_BT", "old_value_BT", "entropy_BT", "kl_BT")
     seen = {name: torch.zeros((count, size), device=device) for name in names}
     answer_BT = torch.zeros((count, size), dtype=torch.bool, device=device)
     sampled_BT = torch.zeros((count, size), device=device)
+    observed_BT2 = torch.zeros((count, size, 2), device=device)
+    for row, answer in enumerate(answers):
+        sampled_BT[row, : len(answer.ids)] = torch.tensor(answer.logprobs, device=device)
+        if watched:
+            observed_BT2[row, : len(answer.ids)] = torch.tensor(answer.observed, device=device)
     for indices in by_length(pairs, args.per_device_train_batch_size):
         batch = collate([pairs[i] for i in indices], filler(tokenizer), device)
         width = batch.answer_BT.shape[1]
-        views = cast.look(batch, with_full_kl=args.kl_estimator == "full")
+        if watched:
+            value_BT, entropy_BT = observed_BT2[indices, :width].unbind(-1)
+            views = Views(sampled_BT[indices, :width], cast.reference_logprobs(batch), value_BT, entropy_BT, None)
+        else:
+            views = cast.look(batch, with_full_kl=args.kl_estimator == "full")
         kl_BT = views.kl_BT
         if kl_BT is None:
             kl_BT = maths.kl_estimate(views.logprobs_BT, views.ref_logprobs_BT, batch.answer_BT, args.kl_estimator)
@@ -114,8 +125,6 @@ def sample_episodes(
         for name, view_BT in zip(names, told, strict=True):
             seen[name][indices, :width] = view_BT
         answer_BT[indices, :width] = batch.answer_BT
-    for row, answer in enumerate(answers):
-        sampled_BT[row, : len(answer.ids)] = torch.tensor(answer.logprobs, device=device)
     with torch.autocast(device.type, enabled=False):  # mixed precision is the policy's
         total, parts = cast.rewards(_episodes(tokenizer, prompts, answers))
     return Rollout(
@@ -125,7 +134,6 @@ def sample_episodes(
         score_B=torch.tensor(total, device=device),
         parts={name: torch.tensor(scores, device=device) for name, scores in parts.items()},
         sampled_logprobs_BT=sampled_BT,
-        old_logprobs_BT=sampled_BT if args.old_logprobs == "rollout" else seen["policy_logprobs_BT"],
         answer_BT=answer_BT,
         **seen,
     )
@@ -137,12 +145,14 @@ def sample_answers(
     args: PPOConfig,
     stop_ids: Sequence[int],
     seeds: Sequence[int] | None = None,
+    observe: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> list[Drawn]:
     """An answer to each tokenised prompt, in the order given, by batches of similar length.
 
     Args:
         seeds: one for each prompt, of its answer's own stream: in whatever batch and process it is drawn, the answer
             is the same. None: torch's own generator draws for all of them.
+        observe: as `draw` takes it.
     """
     answers: list[Drawn | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -157,6 +167,7 @@ def sample_answers(
                 stop_ids=stop_ids,
                 temperature=args.temperature,
                 uniform_BT=_uniform([seeds[i] for i in indices], args.response_length) if seeds else None,
+                observe=observe,
             )
             for index, answer in zip(indices, drawn, strict=True):
                 answers[index] = answer

@@ -32,14 +32,16 @@ from align import ranks
 from align.config import ModelSection
 from align.decode import stop_ids
 from align.logprobs import Batch, Pair, base_model, collate
+from align.lora import lean_lora
 from align.ppo import maths
-from align.ppo.cast import belongs, build_cast
+from align.ppo.cast import belongs, build_cast, is_peft
 from align.ppo.config import PPOConfig
 from align.ppo.diagnosis import Finding, diagnose
 from align.ppo.figures import figures_of
 from align.ppo.prompts import Prompt, check_context, read_demonstrations, read_prompts
 from align.ppo.rewards import ModelReward
 from align.ppo.rollout import Rollout, as_batch, filler, joined, sample_episodes, shape_and_estimate
+from align.prefix import share_prefixes
 from reward.records import InputError
 
 STATE = "ppo_state_{rank}.pt"
@@ -152,6 +154,16 @@ class PPOTrainer(Trainer):
         if self.cast.reference is not self.cast.trained.policy:
             self.cast.reference.to(args.device)
         self.add_callback(_Course(self))
+        self.prefixes = self._make_lean()
+
+    def _make_lean(self) -> str | None:
+        """Compute nothing twice; returns why prefixes are not shared, if they are not."""
+        if is_peft(self.cast.trained.policy):
+            lean_lora(self.cast.trained.policy)
+        if not self.args.share_prefixes:
+            return "share_prefixes is off"
+        models = [self.cast.trained.policy, self.cast.reference]
+        return next(filter(None, map(share_prefixes, models)), None)
 
     def _check_launcher(self) -> None:
         if self.is_fsdp_enabled:
@@ -284,6 +296,9 @@ class PPOTrainer(Trainer):
             parts["loss/entropy"] = -entropy
         if self.ptx:
             parts["loss/ptx"] = ptx_loss
+        if not self._minis:  # before the update's first optimiser step the policy is the one that sampled
+            drift_BT = torch.where(r.answer_BT, r.sampled_logprobs_BT - logprobs_BT.detach(), 0)
+            parts["sampling/kl"], parts["sampling/mismatch"] = drift_BT.sum() / tokens, drift_BT.abs().sum() / tokens
         self._note(parts, ratio_max)
         return loss
 
@@ -361,13 +376,16 @@ class PPOTrainer(Trainer):
             self._close_update()
 
     def _close_update(self) -> None:
-        names = list(self._minis[0])
-        rows = [[[mini[name] for name in names] for mini in minis] for minis in ranks.collect(self._minis)]
+        everywhere = ranks.collect(self._minis)
+        drift = {name: [minis[0].pop(name) for minis in everywhere] for name in ("sampling/kl", "sampling/mismatch")}
+        names = list(self._minis[-1])
+        rows = [[[mini[name] for name in names] for mini in minis] for minis in everywhere]
         by_process = torch.tensor(rows, dtype=torch.float64)  # processes, mini-batches, names
         table = by_process.mean(0)
         means = dict(zip(names, table.mean(0).tolist(), strict=True))
         means["policy/ratio_max"] = float(by_process[..., names.index("policy/ratio_max")].max())
         means["policy/approx_kl_last"] = float(table[-1, names.index("policy/approx_kl")])
+        means |= {name: sum(values) / len(values) for name, values in drift.items()}
         means["policy/passes"] = len(self._minis) / self.args.num_mini_batches
         record = {**self._figures, **means}
         record |= {"update": self.rollout_update, "episodes": (self.rollout_update + 1) * self.episodes}

@@ -237,7 +237,12 @@ def test_trainer_keys_pass_through_by_their_own_names(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("section", "ours"),
-    [("sft", set()), ("reward", {"margin"}), ("dpo", set()), ("ppo", {"max_prompt_length", "rewards"})],
+    [
+        ("sft", {"share_prefixes"}),
+        ("reward", {"share_prefixes", "margin"}),
+        ("dpo", {"share_prefixes"}),
+        ("ppo", {"max_prompt_length", "rewards"}),
+    ],
 )
 def test_every_documented_key_is_the_trainers_or_known_to_be_ours(section: str, ours: set[str]) -> None:
     """A key that the trainer does not know is dropped on the way to it: a renamed one would be without effect."""

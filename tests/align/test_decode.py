@@ -16,7 +16,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from scipy.stats import chisquare
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
-from align.decode import Drawn, _inverse, _pick, draw, folded, stop_ids
+from align.decode import Drawn, _inverse, _pick, draw, stop_ids
+from align.lora import folded
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [20, 21], [33], [40, 41, 42, 43, 44, 45, 46]]
 SIZE = 14

@@ -270,3 +270,52 @@ def test_collate_by_hand() -> None:
     assert batch.answer_BT.tolist() == [[True, False, False], [True, True, True]]
     assert batch.targets_N.tolist() == [3, 5, 6, 7]
     assert batch.spread(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [[1.0, 0.0, 0.0], [2.0, 3.0, 4.0]]
+
+
+# -- the head ---------------------------------------------------------------------------------------------------------
+
+
+def head_figures(model: Any, hidden: torch.Tensor, targets: torch.Tensor, **how: Any) -> tuple[Any, torch.Tensor]:
+    hidden = hidden.clone().requires_grad_(True)
+    figures = logprobs.token_figures(model, hidden, targets, **how)
+    (figures.logprobs_N * torch.linspace(-1, 2, len(targets))).sum().backward()
+    assert hidden.grad is not None
+    return figures, hidden.grad
+
+
+@pytest.mark.parametrize("tile", [3, 256])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_frozen_head_takes_its_gradient_along(
+    tiny_model: Path, tile: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers as by autograd through the whole vocabulary, which a head that is trained needs."""
+    monkeypatch.setattr(logprobs, "FROZEN_TILE", {"cpu": tile})
+    trained = AutoModelForCausalLM.from_pretrained(tiny_model)
+    frozen = AutoModelForCausalLM.from_pretrained(tiny_model).requires_grad_(False)
+    assert logprobs._is_frozen_matrix(frozen, frozen.lm_head)
+    assert not logprobs._is_frozen_matrix(trained, trained.lm_head)
+    hidden = torch.randn((10, trained.config.hidden_size), generator=torch.Generator().manual_seed(0)) * 3
+    targets = torch.arange(10) * 7
+    wanted, wanted_grad = head_figures(trained, hidden, targets, temperature=temperature)
+    found, found_grad = head_figures(frozen, hidden, targets, temperature=temperature)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found_grad, wanted_grad, atol=1e-6, rtol=1e-4)
+    assert trained.lm_head.weight.grad is not None and frozen.lm_head.weight.grad is None
+    only, _ = head_figures(frozen, hidden, targets, temperature=temperature, only_logprobs=True)
+    assert torch.equal(only.logprobs_N, found.logprobs_N) and not only.entropy_N.any()
+    with torch.no_grad():
+        assert torch.equal(logprobs.target_logprobs(frozen, hidden, targets, temperature), found.logprobs_N)
+    with pytest.raises(ValueError, match="must be positive"):
+        logprobs.target_logprobs(frozen, hidden, targets, 0.0)
+
+
+@pytest.mark.parametrize("name", logprobs.SCALINGS)
+def test_a_head_that_scales_is_no_plain_matrix(tiny_model: Path, name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).requires_grad_(False)
+    setattr(model.config, name, 2.0)
+    assert not logprobs._is_frozen_matrix(model, model.lm_head)
+    hidden = torch.randn((4, model.config.hidden_size))
+    targets = torch.tensor([1, 2, 3, 4])
+    wanted = logprobs.vocabulary_logits(model, hidden).log_softmax(-1)[torch.arange(4), targets]
+    torch.testing.assert_close(logprobs.target_logprobs(model, hidden, targets), wanted)

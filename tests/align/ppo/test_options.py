@@ -69,7 +69,6 @@ def test_temperature_is_of_sampling_and_of_every_log_probability(
     trainer = make_trainer(temperature=temperature, stop_token_ids=STOPS)
     stir(trainer.cast.trained.policy)
     r, policy = rollout_of(trainer), merged(trainer)
-    assert trainer._figures["sampling/mismatch"] < 1e-4
     with torch.no_grad():
         for row, (prompt, answer) in enumerate(r.pairs):
             at = torch.arange(len(answer)), torch.tensor(answer)
@@ -80,6 +79,7 @@ def test_temperature_is_of_sampling_and_of_every_log_probability(
             torch.testing.assert_close(r.ref_logprobs_BT[row, : len(answer)], reference, atol=1e-4, rtol=0)
     loss_of(trainer)
     assert trainer._mini["policy/ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert trainer._mini["sampling/mismatch"] < 1e-4
 
 
 def test_a_lower_temperature_is_less_random(make_trainer: Any) -> None:
@@ -116,7 +116,7 @@ def test_answers_are_sampled_some_at_a_time(size: int, make_trainer: Any, monkey
     torch.testing.assert_close(parts.sampled_logprobs_BT, whole.sampled_logprobs_BT, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("old_logprobs", ["recomputed", "rollout"])
+@pytest.mark.parametrize("old_logprobs", ["recomputed", "rollout", "auto"])
 def test_the_ratio_is_against_the_log_probabilities_asked_for(
     old_logprobs: str, make_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,10 +135,41 @@ def test_the_ratio_is_against_the_log_probabilities_asked_for(
     trainer = make_trainer(old_logprobs=old_logprobs, total_episodes=8, num_ppo_epochs=1)
     trainer.train()
     (record,), r = trainer.history, trainer.rollout
-    assert record["policy/ratio_mean"] == pytest.approx(math.exp(-0.1) if old_logprobs == "rollout" else 1, abs=1e-4)
+    sampled = old_logprobs != "recomputed"
+    assert record["policy/ratio_mean"] == pytest.approx(math.exp(-0.1) if sampled else 1, abs=1e-4)
     assert record["sampling/kl"] == record["sampling/mismatch"] == pytest.approx(0.1, abs=1e-4)
-    assert record["objective/kl"] == pytest.approx(0, abs=1e-4)  # of the policy as it is trained, not as it was drawn
-    torch.testing.assert_close(r.sampled_logprobs_BT - r.policy_logprobs_BT, 0.1 * r.answer_BT, atol=1e-4, rtol=0)
+    off = r.sampled_logprobs_BT - r.old_logprobs_BT
+    torch.testing.assert_close(off, (0.0 if sampled else 0.1) * r.answer_BT, atol=1e-4, rtol=0)
+    # The policy is the reference still: its KL is 0 as it is trained, and 0.1 a token as it was drawn.
+    wanted = 0.1 * float(r.answer_BT.sum(1).float().mean()) if sampled else 0
+    assert record["objective/kl"] == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("value_adapter", [False, True])
+def test_what_the_sampler_says_is_what_a_forward_pass_says(value_adapter: bool, make_trainer: Any, stir: Any) -> None:
+    """In float32 nothing is computed twice: log-probabilities, values and entropies come from the states sampled at."""
+    rollouts = []
+    for old_logprobs in ("auto", "recomputed"):
+        trainer = make_trainer(
+            old_logprobs=old_logprobs, temperature=0.8, stop_token_ids=STOPS, value_adapter=value_adapter
+        )
+        stir(trainer.cast.trained.policy)
+        torch.manual_seed(3)
+        torch.nn.init.normal_(trainer.cast.trained.value_head.weight)
+        assert trainer.args.trusts_sampler(torch.float32) is (old_logprobs == "auto" and not value_adapter)
+        rollouts.append(rollout_of(trainer))
+    found, wanted = rollouts
+    assert found.pairs == wanted.pairs and len({len(answer) for answer in found.answers}) > 1
+    for name in ("old_logprobs_BT", "ref_logprobs_BT", "old_value_BT", "entropy_BT", "kl_BT", "advantage_BT"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), atol=1e-4, rtol=0, msg=name)
+
+
+def test_half_precision_does_not_trust_the_sampler(make_trainer: Any) -> None:
+    args = make_trainer().args
+    assert args.trusts_sampler(torch.float32) and not args.trusts_sampler(torch.bfloat16)
+    assert not make_trainer(bf16=True).args.trusts_sampler(torch.float32)
+    assert not make_trainer(kl_estimator="full").args.trusts_sampler(torch.float32)
+    assert make_trainer(old_logprobs="rollout").args.trusts_sampler(torch.bfloat16)
 
 
 # -- reward ----------------------------------------------------------------------------------------------------------
@@ -524,7 +555,12 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": math.inf}, "`temperature` is inf, but above 0 is wanted."),
     ({"temperature": math.nan}, "`temperature` is nan, but above 0 is wanted."),
     ({"stop_token_ids": []}, "`stop_token_ids` is [], but at least one token, or None for the model's own is wanted."),
-    ({"old_logprobs": "sampled"}, "`old_logprobs` is sampled, but recomputed or rollout is wanted."),
+    (
+        {"old_logprobs": "rollout", "kl_estimator": "full"},
+        "`old_logprobs` is rollout, but auto or recomputed with value_adapter or the full KL, which need that forward "
+        "pass anyway is wanted.",
+    ),
+    ({"old_logprobs": "sampled"}, "`old_logprobs` is sampled, but auto, recomputed or rollout is wanted."),
     ({"kl_estimator": "k4"}, "`kl_estimator` is k4, but k1, k2, k3 or full is wanted."),
     ({"kl_coef": -0.1}, "`kl_coef` is -0.1, but at least 0 is wanted."),
     ({"kl_coef": math.nan}, "`kl_coef` is nan, but at least 0 is wanted."),
