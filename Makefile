@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two processes of two threads each on two cores spend their time waiting for each other.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help quickstart setup test test-quickstart test-polite clean
+.PHONY: help quickstart setup test test-quickstart test-polite bench clean
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -16,12 +16,14 @@ quickstart: $(VENV)/.runtime
 	$(BIN)/align run configs/quickstart.yaml
 
 ## make test              lint, types and fast tests, with coverage (at most 8 min on 2 cores)
+# One thread a worker, and the tests that start processes of their own by themselves at the end.
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not processes" --cov --cov-report=
+	$(BIN)/python -m pytest -m "processes and not slow" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=85
 
 ## make test-quickstart   the quickstart from nothing, timed and judged (about 15 min)
 test-quickstart: $(VENV)/.dev
@@ -30,6 +32,16 @@ test-quickstart: $(VENV)/.dev
 ## make test-polite       configs/polite.yaml on its data, where that is at hand (about 15 min)
 test-polite: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow -s tests/pipeline -k polite
+
+## make bench             every benchmark, alternating with its peer; writes benchmarks/RESULTS.md (about an hour)
+# DATA holds JSONL files of preference pairs: `make bench DATA=path/to/folder`. Without it, those are left out.
+RESULTS := --results benchmarks/RESULTS.md
+bench: $(VENV)/.dev
+	for task in dpo reward; do for file in $(wildcard $(DATA)/*.jsonl); do \
+		$(BIN)/python benchmarks/preference_vs_trl.py --task $$task --data $$file $(RESULTS) || exit 1; done; done
+	$(BIN)/python benchmarks/sampling.py $(RESULTS)
+	$(BIN)/python benchmarks/prefix_cost.py $(RESULTS)
+	$(BIN)/python benchmarks/ppo_vs_trl.py $(RESULTS)
 
 setup: $(VENV)/.runtime
 

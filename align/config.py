@@ -250,6 +250,11 @@ class RewardSection(EpochSection):
     config_class: ClassVar[str] = "trl.RewardConfig"
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     margin: bool = Field(False, description="Ask for a gap of at least the label's margin between the two rewards.")
+    group_pairs: bool = Field(
+        False,
+        description="All pairs of a prompt are one element of a batch, and each of its answers is read once; "
+        "per_device_train_batch_size then counts prompts.",
+    )
     center_rewards_coefficient: float | None = Field(0.01, ge=0, description="Pull towards rewards of mean zero.")
 
 
@@ -270,7 +275,8 @@ class DpoSection(EpochSection):
         ["sigmoid"], min_length=1, description="Any of TRL's loss types by name, or several with loss_weights."
     )
     precompute_ref_log_probs: bool = Field(
-        False, description="Reference log-probabilities once, before training; pays from the second epoch on."
+        True,
+        description="Reference log-probabilities once, before training, kept in the cache folder for the next run.",
     )
 
     @field_validator("loss_type", mode="before")

@@ -70,12 +70,15 @@ def draw(
             raise ValueError(f"prompt {row} has no token, but an answer follows at least one: give it a start token.")
     _refuse_strangers(model, prompts[0])
     device = next(model.parameters()).device
+    # Prompts that are asked for several answers are read once.
+    places: dict[tuple[int, ...], int] = {}
+    place_B = torch.tensor([places.setdefault(tuple(prompt), len(places)) for prompt in prompts], device=device)
     size = max(map(len, prompts))
-    ids_BS = torch.zeros((len(prompts), size), dtype=torch.long)
-    attention_BS = torch.zeros((len(prompts), size), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids_BS[row, size - len(prompt) :] = torch.tensor(prompt)
-        attention_BS[row, size - len(prompt) :] = 1
+    ids_BS = torch.zeros((len(places), size), dtype=torch.long)
+    attention_BS = torch.zeros((len(places), size), dtype=torch.long)
+    for tokens, row in places.items():
+        ids_BS[row, size - len(tokens) :] = torch.tensor(tokens)
+        attention_BS[row, size - len(tokens) :] = 1
     ids_BS, attention_BS = ids_BS.to(device), attention_BS.to(device)
     if uniform_BT is None:
         uniform_BT = torch.rand((len(prompts), max_new_tokens), device=device, dtype=torch.float64)
@@ -89,6 +92,11 @@ def draw(
         for t in range(max_new_tokens):
             hidden_BH = _next_hidden(model, cache, ids_BS, attention_BS, position_BS)
             logits_BV = vocabulary_logits(model, hidden_BH)
+            if t == 0 and len(places) < len(prompts):
+                cache.reorder_cache(place_B)
+                hidden_BH, logits_BV, attention_BS, position_BS = (
+                    x[place_B] for x in (hidden_BH, logits_BV, attention_BS, position_BS)
+                )
             if observe is not None:
                 for row, figures in zip(rows, observe(hidden_BH, logits_BV).tolist(), strict=True):
                     answers[row].observed.append(figures)

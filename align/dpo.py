@@ -12,6 +12,7 @@ from align.compare.statistics import accuracy_interval
 from align.config import Config
 from align.heads import lean_head
 from align.logprobs import Pair, answer_logprobs
+from align.reference import reference_logprobs
 from align.reward_model import preference_rows
 from align.runs import Run
 from align.sample import sft_model
@@ -32,7 +33,7 @@ def run_dpo(config: Config, run: Run) -> dict[str, Any]:
         trainer = DPOTrainer(
             model=models.load_causal_lm(base, config.model),
             ref_model=None if section.adapter else models.load_causal_lm(base, config.model),
-            args=training.trainer_arguments(config, section, run),
+            args=training.trainer_arguments(config, section, run, precompute_ref_log_probs=False),
             train_dataset=Dataset.from_list(
                 [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in train]
             ),
@@ -43,6 +44,8 @@ def run_dpo(config: Config, run: Run) -> dict[str, Any]:
         lean_head(trainer.model)
     reference = trainer.ref_model and trainer.accelerator.unwrap_model(trainer.ref_model)
     training.make_lean(section, run, *filter(None, [trainer.model, reference]))
+    if section.precompute_ref_log_probs and not (trainer.ld_alpha or trainer.args.sync_ref_model):
+        precompute_reference(trainer, reference or trainer.model, tokenizer.pad_token_id)
     closing = training.train(trainer, run)
     target = run.folder / "model"
     trainer.save_model(str(target))
@@ -64,6 +67,22 @@ def run_dpo(config: Config, run: Run) -> dict[str, Any]:
         "held_out_accuracy": accuracy_interval(sum(m > 0 for m in margins), len(test)).record(),
         "held_out_margin": sum(margins) / len(margins),
     }
+
+
+def precompute_reference(trainer: Any, model: Any, pad_id: int) -> None:
+    """Give the trainer's rows the reference's log-probabilities as columns, as TRL's own precomputation does; where
+    ZeRO-3 holds the model in parts, leave them to the training step."""
+    if ranks.is_split(model):
+        return
+    rows = [((r["prompt_ids"], r["chosen_ids"]), (r["prompt_ids"], r["rejected_ids"])) for r in trainer.train_dataset]
+    model.to(trainer.args.device)
+    size = 2 * trainer.args.per_device_train_batch_size
+    with progress.bar("dpo: reference", 2 * len(rows) // ranks.world_size()) as report, trainer.accelerator.autocast():
+        found = reference_logprobs(model, rows, pad_id, batch_size=size, on_progress=report)
+    for name, values in zip(("ref_chosen_logps", "ref_rejected_logps"), zip(*found, strict=True), strict=True):
+        trainer.train_dataset = trainer.train_dataset.add_column(name, list(values))
+    trainer.precompute_ref_logps = True
+    trainer.ref_model = None
 
 
 def implicit_margins(config: Config, folder: str, rows: list[Record], pad_id: int, beta: float) -> list[float]:

@@ -6,6 +6,7 @@ N answer tokens of all rows together, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,6 +84,13 @@ def before_answers(hidden_BSH: Tensor, batch: Batch) -> Tensor:
 
 # What some configs do to the logits after the matrix.
 SCALINGS = ("logit_scale", "lm_head_multiplier", "logits_scaling", "final_logit_softcapping")
+
+
+def states_before_answers(model: Any, batch: Batch) -> Tensor:
+    """`before_answers` of a forward pass that leaves out each row's last token, from which nothing is predicted."""
+    attention_BS = batch.attention_BS.clone()
+    attention_BS[torch.arange(len(attention_BS)), attention_BS.sum(1) - 1] = False
+    return before_answers(hidden_states(model, dataclasses.replace(batch, attention_BS=attention_BS)), batch)
 
 
 def vocabulary_logits(model: Any, hidden_NH: Tensor) -> Tensor:
@@ -235,19 +243,23 @@ def answer_logprobs(
     *,
     batch_size: int = 16,
     temperature: float = 1.0,
+    together: int = 1,
     on_progress: Callable[[int], object] = lambda done: None,
 ) -> list[Tensor]:
     """Log-probabilities in nats of every answer token, one f32 tensor per pair, in the order given.
 
     Rows are grouped by length, so that little padding is computed.
+
+    Args:
+        together: so many consecutive pairs stay in one batch, where `share_prefixes` finds what they have in common.
     """
     model.eval()
     device = next(model.parameters()).device
     result: list[Tensor] = [torch.empty(0)] * len(pairs)
     done = 0
-    for indices in by_length(pairs, batch_size):
+    for indices in by_length(pairs, batch_size, together):
         batch = collate([pairs[i] for i in indices], pad_id, device)
-        hidden_NH = before_answers(hidden_states(model, batch), batch)
+        hidden_NH = states_before_answers(model, batch)
         logprobs_BT = batch.spread(target_logprobs(model, hidden_NH, batch.targets_N, temperature))
         for row, index in enumerate(indices):
             result[index] = logprobs_BT[row][batch.answer_BT[row]].cpu()
@@ -256,8 +268,11 @@ def answer_logprobs(
     return result
 
 
-def by_length(pairs: Sequence[Pair], batch_size: int) -> Iterator[list[int]]:
-    """Indices of the pairs in batches of similar length, longest first (so that memory peaks at once)."""
-    order = sorted(range(len(pairs)), key=lambda i: -(len(pairs[i][0]) + len(pairs[i][1])))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def by_length(pairs: Sequence[Pair], batch_size: int, together: int = 1) -> Iterator[list[int]]:
+    """Indices of the pairs in batches of similar length, longest first (so that memory peaks at once); of every
+    `together` consecutive pairs, all are in the same batch."""
+    runs = [range(first, min(first + together, len(pairs))) for first in range(0, len(pairs), together)]
+    runs.sort(key=lambda run: -max(len(pairs[i][0]) + len(pairs[i][1]) for i in run))
+    count = max(1, batch_size // together)
+    for start in range(0, len(runs), count):
+        yield [i for run in runs[start : start + count] for i in run]

@@ -15,9 +15,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """The number of this process among them all; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first() -> bool:
     """True on the process that writes files and talks to the user."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def start() -> None:

@@ -43,6 +43,7 @@ def run_reward(config: Config, run: Run) -> dict[str, Any]:
             training.trainer_arguments(config, section, run),
             models.lora_config(section.adapter, "SEQ_CLS", modules_to_save=keep) if section.adapter else None,
             margin=section.margin,
+            group_pairs=section.group_pairs,
         )
     training.make_lean(section, run, trainer.model)
     closing = training.train(trainer, run)

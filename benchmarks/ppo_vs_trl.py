@@ -43,7 +43,6 @@ import contextlib
 import gc
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -55,12 +54,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import harness
+from harness import lora, machine, middle, peak, rounds, spread
+
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "1.12.0"
 SIDES = ("ours", "trl", "sft")
 EPISODES, NEW_TOKENS, PROMPT_TOKENS, EPOCHS = 16, 48, 35, 4
 SYSTEM = "You are a helpful assistant."
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Settings both PPO sides know by the same name.
 PPO: dict[str, Any] = {
     "per_device_train_batch_size": EPISODES,
@@ -104,19 +105,18 @@ def main() -> None:
             "prepared": prepared,
             "runs": [],
         }
-        for number in range(args.rounds):
-            # Every second round goes backwards: a drift of the machine then favours nobody.
-            for side in sides if number % 2 == 0 else reversed(sides):
-                print(f"round {number + 1} of {args.rounds}: {side} ... ", end="", file=sys.stderr, flush=True)
-                started = time.perf_counter()
-                load = os.getloadavg()[0]
-                run = child(args, side, work, trl) | {"round": number, "load_before": load}
-                print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
-                result["runs"].append(run)
-                result["summary"] = summary(result["runs"])
-                if args.out:  # after every run: a kill loses one run, not all
-                    Path(args.out).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(table(result))
+        for number, side in rounds(sides, args.rounds):
+            print(f"round {number + 1} of {args.rounds}: {side} ... ", end="", file=sys.stderr, flush=True)
+            started = time.perf_counter()
+            load = os.getloadavg()[0]
+            run = child(args, side, work, trl) | {"round": number, "load_before": load}
+            print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
+            result["runs"].append(run)
+            result["summary"] = summary(result["runs"])
+            if args.out:  # after every run: a kill loses one run, not all
+                Path(args.out).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    claim = f"`benchmarks/ppo_vs_trl.py`: PPO here against trl {TRL}'s, and the memory of TRL's LoRA SFT."
+    harness.finish("ppo", claim, {"summary": result["summary"]}, table(result), args.results)
 
 
 def arguments() -> argparse.Namespace:
@@ -132,6 +132,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trl", help=f"folder with trl {TRL} (default: installed once into the cache folder)")
     parser.add_argument("--base", help="folder of another Llama-like model (default: the embedded 135M model)")
     parser.add_argument("--out", help="JSON file for everything measured")
+    parser.add_argument("--results", help="Markdown file whose section is written anew")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -175,14 +176,6 @@ def trl_folder(given: str | None) -> Path:
     return folder
 
 
-def machine() -> dict[str, Any]:
-    name = ""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return {"cpu": name or platform.processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-
-
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians with the range over runs; ratios are within a round, then their median and range."""
     by_side = {side: [run for run in runs if run["side"] == side] for side in SIDES}
@@ -195,11 +188,6 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         for key in keys if pairs else ():
             out[f"{first}/{second} {key}"] = middle([a[key] / b[key] for a, b in pairs])
     return out
-
-
-def middle(values: list[float | None]) -> dict[str, float] | None:
-    known = [value for value in values if value is not None]
-    return {"median": statistics.median(known), "min": min(known), "max": max(known)} if known else None
 
 
 # key in a run -> (heading, divisor, digits)
@@ -231,13 +219,6 @@ def table(result: dict[str, Any]) -> str:
     )
     ratios = [f"{name}: {spread(value, 1, 2)}" for name, value in figures.items() if "/" in name]
     return "\n".join([head, "", *lines, "", *ratios])
-
-
-def spread(value: dict[str, float] | None, divisor: float, digits: int) -> str:
-    if value is None:
-        return "–"
-    low, mid, high = (f"{value[key] / divisor:.{digits}f}" for key in ("min", "median", "max"))
-    return f"{mid} [{low}–{high}]"
 
 
 # -- one side ---------------------------------------------------------------------------------------------------------
@@ -523,12 +504,6 @@ def never(policy: Any) -> int:
     return int(policy.config.vocab_size)
 
 
-def lora(task_type: str, **extra: Any) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(task_type=task_type, r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LINEAR, **extra)
-
-
 def touch_weights() -> None:
     """Read every weight once: they are mapped from their files, and not resident before they are read."""
     import torch
@@ -545,11 +520,6 @@ def resident() -> int:
     except OSError:
         return 0
     return pages * resource.getpagesize()
-
-
-def peak() -> int:
-    """Largest resident set so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

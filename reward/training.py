@@ -12,7 +12,14 @@ from reward.records import Record
 
 
 def reward_trainer(
-    model: Any, tokenizer: Any, rows: Sequence[Record], arguments: Any, adapter: Any | None, *, margin: bool
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Record],
+    arguments: Any,
+    adapter: Any | None,
+    *,
+    margin: bool,
+    group_pairs: bool = False,
 ) -> Any:
     """TRL's trainer on rows `{prompt_ids, chosen_ids, rejected_ids, margin}`; the loss is
 
@@ -23,10 +30,21 @@ def reward_trainer(
     Args:
         adapter: a PEFT config of task type SEQ_CLS that saves the `score` head, or None to train every weight.
         margin: whether the rows' margins enter the loss.
+        group_pairs: all pairs of a prompt are one element of a batch, as `reward.grouped` has it.
     """
     from datasets import Dataset
     from trl import RewardTrainer
 
+    if group_pairs:
+        from reward.grouped import GroupedRewardTrainer, groups_of
+
+        return GroupedRewardTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(groups_of(rows, margin=margin)),
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
     columns = [
         {
             "chosen_ids": row["prompt_ids"] + row["chosen_ids"],

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from align.logprobs import (
     Batch,
     base_model,
-    before_answers,
     by_tiles,
     collate,
     hidden_states,
+    states_before_answers,
     target_logprobs,
     token_figures,
     vocabulary_logits,
@@ -88,7 +88,7 @@ class PolicyWithValue(nn.Module):
             with_entropy: the entropy is part of the loss; else it is not computed, and 0.
             critic_only: keep the value's gradient out of a trunk that the policy shares.
         """
-        hidden_NH = before_answers(hidden_states(self.policy, batch), batch)
+        hidden_NH = states_before_answers(self.policy, batch)
 
         if with_entropy:
             logprobs_N, entropy_N = by_tiles(self._logprobs_and_entropy, hidden_NH, batch.targets_N)
@@ -97,7 +97,7 @@ class PolicyWithValue(nn.Module):
             entropy_N = torch.zeros_like(logprobs_N)
         ptx_nll = logprobs_N.new_zeros(())
         if ptx is not None:
-            ptx_NH = before_answers(hidden_states(self.policy, ptx), ptx)
+            ptx_NH = states_before_answers(self.policy, ptx)
             ptx_nll = -target_logprobs(self.policy, ptx_NH, ptx.targets_N).sum()
         value_NH = self._value_states(batch) if self.value_adapter else hidden_NH
         if critic_only and not self.value_adapter:
@@ -119,7 +119,7 @@ class PolicyWithValue(nn.Module):
 
     def _value_states(self, batch: Batch) -> Tensor:
         with switched(self.policy, "value"):
-            return before_answers(hidden_states(self.policy, batch), batch)
+            return states_before_answers(self.policy, batch)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         if self.value_adapter:
@@ -173,7 +173,7 @@ class Cast:
     def look(self, batch: Batch, with_full_kl: bool = False) -> Views:
         """Policy, value and reference of a batch; no vocabulary row outlives its tile."""
         policy, temperature = self.trained.policy, self.trained.temperature
-        hidden_NH = before_answers(hidden_states(policy, batch), batch)
+        hidden_NH = states_before_answers(policy, batch)
         ref_NH = self._reference_states(batch)
         policy_figures = token_figures(policy, hidden_NH, batch.targets_N, temperature)
         ref_N = target_logprobs(self.reference, ref_NH, batch.targets_N, temperature)
@@ -209,7 +209,7 @@ class Cast:
 
     def _reference_states(self, batch: Batch) -> Tensor:
         with switched(self.reference, None) if is_peft(self.reference) else contextlib.nullcontext():
-            return before_answers(hidden_states(self.reference, batch), batch)
+            return states_before_answers(self.reference, batch)
 
 
 class AdapterReward:

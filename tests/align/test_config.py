@@ -239,7 +239,7 @@ def test_trainer_keys_pass_through_by_their_own_names(file: Path) -> None:
     ("section", "ours"),
     [
         ("sft", {"share_prefixes"}),
-        ("reward", {"share_prefixes", "margin"}),
+        ("reward", {"share_prefixes", "margin", "group_pairs"}),
         ("dpo", {"share_prefixes"}),
         ("ppo", {"max_prompt_length", "rewards"}),
     ],

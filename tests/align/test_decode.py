@@ -689,3 +689,42 @@ def test_stop_ids_without_a_generation_config_and_through_an_adapter() -> None:
     model = build("llama")
     model.generation_config.eos_token_id = [11, 12]
     assert stop_ids(adapted(model), Tokenizer(3)) == [3, 11, 12]
+
+
+# -- several answers to a prompt --------------------------------------------------------------------------------------
+
+
+def test_a_prompt_with_several_answers_is_read_once(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from align import decode
+
+    sizes: list[tuple[int, ...]] = []
+    original = decode._next_hidden
+
+    def noting(model: Any, cache: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append(tuple(ids.shape))
+        return original(model, cache, ids, *rest)
+
+    repeated = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[2], PROMPTS[0]]
+    uniform = torch.rand((5, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draw(llama, PROMPTS[:1], max_new_tokens=1, stop_ids=[])  # what is unknown is tried first, on tokens of its own
+    monkeypatch.setattr(decode, "_next_hidden", noting)
+    together = draw(llama, repeated, max_new_tokens=SIZE, stop_ids=range(30), uniform_BT=uniform)
+    assert sizes[0][0] == 3 and sizes[1][0] <= 5
+    for row, (prompt, answer) in enumerate(zip(repeated, together, strict=True)):
+        alone = draw(llama, [prompt], max_new_tokens=SIZE, stop_ids=range(30), uniform_BT=uniform[row : row + 1])[0]
+        assert answer.ids == alone.ids and answer.finished == alone.finished
+        assert answer.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+    assert len({tuple(together[row].ids) for row in (0, 2, 4)}) > 1
+
+
+def test_what_is_observed_is_of_the_state_before_each_token(llama: Any) -> None:
+    def observe(hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return torch.stack([hidden.sum(1), logits.logsumexp(1)], dim=1)
+
+    answers = draw(llama, PROMPTS, max_new_tokens=SIZE, stop_ids=range(30), temperature=0, observe=observe)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert len(answer.observed) == len(answer.ids)
+        ids = torch.tensor([[*prompt, *answer.ids]])
+        states = llama.get_decoder()(ids).last_hidden_state[0, len(prompt) - 1 : -1]
+        wanted = observe(states, llama(ids).logits[0, len(prompt) - 1 : -1].float())
+        torch.testing.assert_close(torch.tensor(answer.observed), wanted.detach(), atol=1e-3, rtol=1e-3)
