@@ -104,10 +104,13 @@ def schema() -> None:
 
 
 def _stage(name: str, config: Path, overrides: list[str] | None, force: bool) -> None:
-    from align import pipeline
+    from align import pipeline, ranks
     from align.config_file import load_config
 
-    pipeline.run_stage(load_config(config, overrides or []), name, force=force)
+    try:
+        pipeline.run_stage(load_config(config, overrides or []), name, force=force)
+    finally:
+        ranks.leave()
 
 
 def main() -> None:

@@ -34,6 +34,16 @@ def start() -> None:
         PartialState(cpu=not torch.cuda.is_available())
 
 
+def leave() -> None:
+    """Leave the process group, as every process must before it ends: its threads are running still, and a process that
+    ends with them is aborted now and then."""
+    if world_size() > 1:
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def wait() -> None:
     """Return when every process has come here."""
     if world_size() > 1:

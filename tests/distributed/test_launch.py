@@ -115,7 +115,8 @@ def test_reward_and_ppo_train_on_two_processes(pipeline: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     for stage in ("reward", "ppo"):
         check_adapter(config, stage)
-    assert align_run(pipeline, "zero3.yaml", *overrides).returncode == 0  # again: everything is done
+    again = align_run(pipeline, "zero3.yaml", *overrides)  # everything is done
+    assert again.returncode == 0, again.stderr[-3000:]
     lines = [json.loads(line) for line in (config.folder("ppo") / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "objective/kl" in line]
     assert [line["episodes"] for line in updates] == [8.0, 16.0]  # over both processes
