@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
-## make quickstart        install everything pinned, fetch the embedded model, run the whole pipeline (about 15 min)
+## make quickstart        install everything pinned, fetch the embedded model, run the whole pipeline (about 13 min)
 quickstart: $(VENV)/.runtime
 	$(BIN)/align run configs/quickstart.yaml
 
@@ -25,11 +25,11 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not processes" --cov --cov-report=
 	$(BIN)/python -m pytest -m "processes and not slow" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=85
 
-## make test-quickstart   the quickstart from nothing, timed and judged (about 15 min)
+## make test-quickstart   the quickstart from nothing, timed and judged (about 13 min)
 test-quickstart: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow -s tests/pipeline -k quickstart
 
-## make test-polite       configs/polite.yaml on its data, where that is at hand (about 15 min)
+## make test-polite       configs/polite.yaml on its data, where that is at hand (about 20 min)
 test-polite: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow -s tests/pipeline -k polite
 
