@@ -57,8 +57,8 @@ def draw(
         temperature: 0 is greedy; log-probabilities are then those at temperature 1.
         uniform_BT: all the randomness there is: for each row and position a float64 number between 0 and 1. None:
             torch's own generator (seed it before) makes them, all at the start.
-        observe: called with the last hidden states BH and the logits BV from which a token is drawn; what it returns, a
-            few figures a row, is kept with the answers.
+        observe: called with the last hidden states BH and the log-probabilities BV from which a token is drawn; what it
+            returns, a few figures a row, is kept with the answers.
 
     Raises:
         ValueError: a prompt is empty, the logits are not numbers, or the model is none that can be drawn from here.
@@ -92,15 +92,16 @@ def draw(
         for t in range(max_new_tokens):
             hidden_BH = _next_hidden(model, cache, ids_BS, attention_BS, position_BS)
             logits_BV = vocabulary_logits(model, hidden_BH)
+            logprobs_BV = torch.log_softmax(logits_BV / temperature if temperature > 0 else logits_BV, dim=-1)
             if t == 0 and len(places) < len(prompts):
                 cache.reorder_cache(place_B)
-                hidden_BH, logits_BV, attention_BS, position_BS = (
-                    x[place_B] for x in (hidden_BH, logits_BV, attention_BS, position_BS)
+                hidden_BH, logprobs_BV, attention_BS, position_BS = (
+                    x[place_B] for x in (hidden_BH, logprobs_BV, attention_BS, position_BS)
                 )
             if observe is not None:
-                for row, figures in zip(rows, observe(hidden_BH, logits_BV).tolist(), strict=True):
+                for row, figures in zip(rows, observe(hidden_BH, logprobs_BV).tolist(), strict=True):
                     answers[row].observed.append(figures)
-            token_B, logprob_B = _pick(logits_BV, uniform_BT[:, t], temperature, top_p, top_k)
+            token_B, logprob_B = _pick(logprobs_BV, uniform_BT[:, t], temperature, top_p, top_k)
             stops_B = torch.isin(token_B, stop)
             for row, token, logprob, stops in zip(
                 rows, token_B.tolist(), logprob_B.tolist(), stops_B.tolist(), strict=True
@@ -199,9 +200,10 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted(i for i in found if 0 <= i < len(tokenizer))
 
 
-def _pick(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+def _pick(
+    logprobs_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float, top_k: int
+) -> tuple[Tensor, Tensor]:
     """(token B, its log-probability B in nats), by the inverse of the distribution function."""
-    logprobs_BV = torch.log_softmax(logits_BV / temperature if temperature > 0 else logits_BV, dim=-1)
     if temperature == 0:
         token_B = logprobs_BV.argmax(-1)
     elif top_k == 0 and top_p == 1:

@@ -169,7 +169,9 @@ def _is_frozen_matrix(model: Any, head: Any) -> bool:
     """Whether logits are `hidden W^T` and nothing else, of a whole W without gradient."""
     config = base_model(model).config.get_text_config()
     scaled = any(getattr(config, name, None) for name in SCALINGS)
-    if scaled or type(head) is not torch.nn.Linear or head.bias is not None or torch.is_autocast_enabled():
+    if scaled or type(head) is not torch.nn.Linear or head.bias is not None:
+        return False
+    if torch.is_autocast_enabled(head.weight.device.type):
         return False
     return not head.weight.requires_grad and not hasattr(head.weight, "ds_id") and not head._forward_hooks
 
@@ -195,9 +197,14 @@ class _FrozenHead(torch.autograd.Function):
             logits_nV = (hidden_NH[here] @ weight_VH.T).float()
             if temperature != 1:
                 logits_nV /= temperature
-            extras = _extras(logits_nV, targets_N[here], only_logprobs)
             logprobs_nV = torch.log_softmax(logits_nV, -1)
-            parts.append((logprobs_nV.gather(1, targets_N[here, None])[:, 0], *extras))
+            chosen_n = logprobs_nV.gather(1, targets_N[here, None])[:, 0]
+            none_n = torch.zeros_like(chosen_n)
+            extras = none_n, none_n, none_n.bool()
+            if not only_logprobs:
+                entropy_n = -torch.linalg.vecdot(logprobs_nV.exp(), logprobs_nV)
+                extras = entropy_n, logits_nV.mean(-1), chosen_n >= logprobs_nV.amax(-1)
+            parts.append((chosen_n, *extras))
             if grad_NH is not None:
                 probs_nV = logprobs_nV.exp_().to(weight_VH.dtype)
                 grad_NH[here] = (weight_VH[targets_N[here]] - probs_nV @ weight_VH) / temperature

@@ -17,11 +17,14 @@ Q queries and K keys a row.
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,65 +106,78 @@ def _gather(values_P: Tensor, place: Tensor) -> Tensor:
     return values_P.index_select(0, place.flatten()).unflatten(0, place.shape)
 
 
-def lay_out(rows: Sequence[Sequence[int]], starts: Sequence[int], columns: int, device: Any = "cpu") -> Layout:
+def lay_out(rows: Sequence[Any], starts: Sequence[int], columns: int, device: Any = "cpu") -> Layout:
     """The layout of rows of tokens; the caller's row b begins at column `starts[b]` of `columns`.
 
     Rows are laid out in lexicographic order, so that each shares with the one before it whatever it shares with any.
     """
-    ids: list[int] = []
-    positions: list[int] = []
-    place_BS = torch.zeros((len(rows), columns), dtype=torch.long)
-    members: list[tuple[int, list[int]]] = []  # (tokens that are not its own, the places of all its tokens)
-    path: list[int] = []
-    previous: Sequence[int] = ()
-    for index in sorted(range(len(rows)), key=lambda i: list(rows[i])):
-        row = rows[index]
+    tokens = [np.asarray(row, dtype=np.int64) for row in rows]
+    own_tokens, positions = [], []
+    place_BS = np.zeros((len(rows), columns), dtype=np.int64)
+    members: list[_Member] = []
+    count, path, previous = 0, np.empty(0, np.int64), np.empty(0, np.int64)
+    for index in _in_order(tokens):
+        row = tokens[index]
         shared = _common(previous, row)
-        path = [*path[:shared], *range(len(ids), len(ids) + len(row) - shared)]
-        ids += row[shared:]
-        positions += range(shared, len(row))
-        place_BS[index, starts[index] : starts[index] + len(row)] = torch.tensor(path, dtype=torch.long)
+        path = np.concatenate([path[:shared], np.arange(count, count + len(row) - shared)])
+        count += len(row) - shared
+        own_tokens.append(row[shared:])
+        positions.append(np.arange(shared, len(row)))
+        place_BS[index, starts[index] : starts[index] + len(row)] = path
         if shared < len(row):
-            members.append((shared, path))
+            members.append(_Member(shared, path))
         previous = row
-    answer_P = torch.empty(len(ids), dtype=torch.long)
+    answer_P = np.empty(count, dtype=np.int64)
     groups, filled = [], 0
     for part in _alike(members):
-        queries, keys = max(len(p) - s for s, p in part), max(len(p) for _, p in part)
-        query_GQ, key_GK = torch.zeros((len(part), queries), dtype=torch.long), torch.zeros((len(part), keys)).long()
-        for g, (shared, places) in enumerate(part):
-            own = torch.tensor(places[shared:])
-            query_GQ[g, : len(own)], key_GK[g, : len(places)] = own, torch.tensor(places)
-            answer_P[own] = filled + g * queries + torch.arange(len(own))
-        filled += query_GQ.numel()
-        first_G = torch.tensor([shared for shared, _ in part])
-        whole = not bool(first_G.any())
-        groups.append(_Rows(query_GQ.to(device), key_GK.to(device), first_G.to(device), whole))
-    ids_P, position_P = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
-    return Layout(ids_P, position_P, place_BS.to(device), groups, answer_P.to(device))
+        queries, keys = max(m.own for m in part), max(len(m.path) for m in part)
+        query_GQ, key_GK = (np.zeros((len(part), size), dtype=np.int64) for size in (queries, keys))
+        for g, member in enumerate(part):
+            own = member.path[member.shared :]
+            query_GQ[g, : member.own], key_GK[g, : len(member.path)] = own, member.path
+            answer_P[own] = filled + g * queries + np.arange(member.own)
+        filled += query_GQ.size
+        first_G = np.array([member.shared for member in part])
+        on_device = (torch.from_numpy(x).to(device) for x in (query_GQ, key_GK, first_G))
+        groups.append(_Rows(*on_device, whole=not first_G.any()))  # type: ignore[misc]
+    laid_out = (np.concatenate(own_tokens), np.concatenate(positions), place_BS, answer_P)
+    ids_P, position_P, place, answer = (torch.from_numpy(x).to(device) for x in laid_out)
+    return Layout(ids_P, position_P, place, groups, answer)
 
 
-def _alike(members: list[tuple[int, list[int]]]) -> list[list[tuple[int, list[int]]]]:
+class _Member(NamedTuple):
+    """A row in the sequence: how many of its tokens are another's, and the places of all of them."""
+
+    shared: int
+    path: Any
+
+    @property
+    def own(self) -> int:
+        return len(self.path) - self.shared
+
+
+def _in_order(rows: Sequence[Any]) -> list[int]:
+    """Indices of the rows in lexicographic order."""
+    return sorted(range(len(rows)), key=lambda i: rows[i].astype(">i8").tobytes())
+
+
+def _common(left: Any, right: Any) -> int:
+    """How many tokens two rows begin with alike."""
+    size = min(len(left), len(right))
+    different = np.flatnonzero(left[:size] != right[:size])
+    return int(different[0]) if len(different) else size
+
+
+def _alike(members: list[_Member]) -> list[list[_Member]]:
     """Rows in groups, those that share nothing apart, none padded to more than twice its own tokens."""
-    groups: list[list[tuple[int, list[int]]]] = []
-    for shared, path in sorted(members, key=lambda member: (member[0] > 0, member[0] - len(member[1]))):
-        own = len(path) - shared
-        if groups:
-            first_shared, first_path = groups[-1][0]
-            if (first_shared > 0) == (shared > 0) and 2 * own >= len(first_path) - first_shared:
-                groups[-1].append((shared, path))
-                continue
-        groups.append([(shared, path)])
+    groups: list[list[_Member]] = []
+    for member in sorted(members, key=lambda m: (m.shared > 0, -m.own)):
+        first = groups[-1][0] if groups else None
+        if first is not None and (first.shared > 0) == (member.shared > 0) and 2 * member.own >= first.own:
+            groups[-1].append(member)
+        else:
+            groups.append([member])
     return groups
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    count = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
 
 
 # -- under a decoder --------------------------------------------------------------------------------------------------
@@ -236,8 +252,6 @@ def _attention_sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, atte
 
 
 def _attention_eager(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    import sys
-
     # Each modelling file has its own: some cap the scores, some have sinks.
     function = sys.modules[type(module).__module__].eager_attention_forward
     return _attention(function, True, module, query, key, value, attention_mask, kwargs)
@@ -293,26 +307,21 @@ def _packed(decoder: Any, layout: Layout, **kwargs: Any) -> Any:
 
 
 def layout_of(input_ids_BS: Tensor, attention_mask_BS: Tensor | None) -> Layout | None:
-    """The layout of a padded batch; None where it would save nothing, or where padding stands between tokens."""
-    table = input_ids_BS.tolist()
-    size = input_ids_BS.shape[1]
-    if attention_mask_BS is None:
-        starts, ends = [0] * len(table), [size] * len(table)
-    else:
-        real_BS = attention_mask_BS.bool()
-        starts = real_BS.int().argmax(1).tolist()
-        counts = real_BS.sum(1).tolist()
-        ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        if not all(counts) or any(end > size for end in ends):
-            return None
-        if not bool(torch.stack([real[s:e].all() for real, s, e in zip(real_BS, starts, ends, strict=True)]).all()):
-            return None
-    rows = [row[start:end] for row, start, end in zip(table, starts, ends, strict=True)]
-    ordered = sorted(rows)
-    remaining = sum(len(row) - _common(before, row) for before, row in zip([[], *ordered], ordered, strict=False))
-    if remaining > WORTH * input_ids_BS.numel():
+    """The layout of a padded batch; None where it would save nothing, where padding stands between tokens, or where a
+    row is nothing but padding."""
+    ids_BS = input_ids_BS.cpu().numpy()
+    real_BS = np.ones_like(ids_BS, dtype=bool) if attention_mask_BS is None else attention_mask_BS.bool().cpu().numpy()
+    starts, counts = real_BS.argmax(1), real_BS.sum(1)
+    column_S = np.arange(ids_BS.shape[1])
+    whole_BS = (column_S >= starts[:, None]) & (column_S < (starts + counts)[:, None])
+    if not counts.all() or (whole_BS != real_BS).any():
         return None
-    return lay_out(rows, starts, size, input_ids_BS.device)
+    rows = [ids[real] for ids, real in zip(ids_BS, real_BS, strict=True)]
+    ordered = [rows[i] for i in _in_order(rows)]
+    repeated = sum(_common(before, row) for before, row in pairwise(ordered))
+    if counts.sum() - repeated > WORTH * ids_BS.size:
+        return None
+    return lay_out(rows, starts, ids_BS.shape[1], input_ids_BS.device)
 
 
 def _is_plain(decoder: Any, input_ids: Tensor | None, attention_mask: Any, kwargs: dict[str, Any]) -> bool:

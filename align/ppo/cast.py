@@ -195,11 +195,18 @@ class Cast:
         )
 
     @torch.no_grad()
-    def judge_states(self, hidden_BH: Tensor, logits_BV: Tensor) -> Tensor:
-        """(value, entropy in nats at the sampling temperature) of the states that the sampler passes through, B2; for
-        a critic without an adapter of its own."""
-        value_B = self.trained.value_of(hidden_BH)
-        return torch.stack([value_B, token_entropy(logits_BV, self.trained.temperature)], dim=1)
+    def judge_states(self, hidden_BH: Tensor, logprobs_BV: Tensor) -> Tensor:
+        """(value, entropy in nats) of the states that the sampler passes through, B2; for a critic without an adapter
+        of its own.
+
+        Args:
+            logprobs_BV: of every token, at the sampling temperature.
+        """
+        finite_BV = logprobs_BV.clamp(
+            min=torch.finfo(logprobs_BV.dtype).min
+        )  # a forbidden token: 0 x -inf is no number
+        entropy_B = -torch.linalg.vecdot(logprobs_BV.exp(), finite_BV)
+        return torch.stack([self.trained.value_of(hidden_BH), entropy_B], dim=1)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> Tensor:

@@ -225,7 +225,8 @@ def shares(logits_1V: torch.Tensor, count: int = 8800, **how: Any) -> np.ndarray
     """Share of the unit interval that each token answers to: uniform numbers in equal steps make it exact."""
     uniform_B = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **how}
-    token_B, _ = _pick(logits_1V.expand(count, -1), uniform_B, **options)
+    logprobs_1V = (logits_1V / (options["temperature"] or 1)).log_softmax(-1)
+    token_B, _ = _pick(logprobs_1V.expand(count, -1), uniform_B, **options)
     return np.bincount(token_B.numpy(), minlength=logits_1V.shape[1]) / count
 
 
@@ -718,13 +719,13 @@ def test_a_prompt_with_several_answers_is_read_once(llama: Any, monkeypatch: pyt
 
 
 def test_what_is_observed_is_of_the_state_before_each_token(llama: Any) -> None:
-    def observe(hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return torch.stack([hidden.sum(1), logits.logsumexp(1)], dim=1)
+    def observe(hidden: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+        return torch.stack([hidden.sum(1), logprobs.amax(1)], dim=1)
 
     answers = draw(llama, PROMPTS, max_new_tokens=SIZE, stop_ids=range(30), temperature=0, observe=observe)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert len(answer.observed) == len(answer.ids)
         ids = torch.tensor([[*prompt, *answer.ids]])
         states = llama.get_decoder()(ids).last_hidden_state[0, len(prompt) - 1 : -1]
-        wanted = observe(states, llama(ids).logits[0, len(prompt) - 1 : -1].float())
+        wanted = observe(states, llama(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1))
         torch.testing.assert_close(torch.tensor(answer.observed), wanted.detach(), atol=1e-3, rtol=1e-3)
