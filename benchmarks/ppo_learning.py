@@ -18,8 +18,9 @@ sampled padding token for the end of an answer, pads with one past the vocabular
 and what either makes of an answer without a stop token plays no part.
 
 What is left different, because it is part of the designs compared: the value function (a linear head on the policy that
-starts at 0 here; there a second model, trained whole as in TRL's examples, or `--trl-value lora` or `frozen`: only LoRA
-and the head, or only the head), gradient clipping at norm 1 (here alone), and how random numbers are drawn.
+starts at 0 here, or with `--value-adapter` one on an adapter of the critic's own; there a second model, trained whole as
+in TRL's examples, or `--trl-value lora` or `frozen`: only LoRA and the head, or only the head), gradient clipping at
+norm 1 (here alone), and how random numbers are drawn.
 
 Reported for each seed: score and KL to the reference (nats an answer) over the last three updates, as each trainer logs
 them for the episodes it sampled; and over 960 answers sampled afterwards from the final policy, by one sampler for
@@ -110,6 +111,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--trl-value", choices=["full", "lora", "frozen"], default="full", help="what of TRL's value model is trained"
     )
+    parser.add_argument("--value-adapter", action="store_true", help="here: a critic with an adapter of its own")
     parser.add_argument("--out", help="JSON file for every update of every run")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -123,6 +125,7 @@ def child(args: argparse.Namespace, side: str, work: Path, trl: Path | None) -> 
     """All seeds of one side, in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--work", str(work)]
     command += ["--seeds", str(args.seeds), "--trl-value", args.trl_value]
+    command += ["--value-adapter"] if args.value_adapter else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     if trl:
@@ -210,7 +213,7 @@ def one_run(args: argparse.Namespace, work: Path, seed: int) -> dict[str, Any]:
     task = Task(work / "model")
     started = time.perf_counter()
     if args.side == "ours":
-        trainer = build_ours(task, work, seed)
+        trainer = build_ours(task, work, seed, args.value_adapter)
         policy = trainer.cast.trained.policy
     else:
         trainer = build_trl(task, work, seed, args.trl_value)
@@ -235,6 +238,8 @@ def weights(policy: Any) -> dict[str, float]:
     """Sums over the base and the adapter, to see that both sides start from the same."""
     sums = {"base": 0.0, "lora_A": 0.0, "lora_B": 0.0}
     for name, parameter in policy.named_parameters():
+        if ".value." in name:
+            continue  # the critic's adapter
         part = next((key for key in ("lora_A", "lora_B") if key in name), "base")
         sums[part] += float(parameter.detach().double().abs().sum())
     return sums
@@ -291,7 +296,7 @@ def lora() -> Any:
     return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules=LINEAR)
 
 
-def build_ours(task: Task, work: Path, seed: int) -> Any:
+def build_ours(task: Task, work: Path, seed: int, value_adapter: bool) -> Any:
     import torch
 
     from align.ppo import PPOConfig, PPOTrainer
@@ -304,7 +309,14 @@ def build_ours(task: Task, work: Path, seed: int) -> Any:
     return PPOTrainer(
         model=policy,
         reward=vowels,
-        args=PPOConfig(output_dir=str(work / "ours"), seed=seed, stop_token_ids=[task.beyond], **PPO, **TRAINER),
+        args=PPOConfig(
+            output_dir=str(work / "ours"),
+            seed=seed,
+            stop_token_ids=[task.beyond],
+            value_adapter=value_adapter,
+            **PPO,
+            **TRAINER,
+        ),
         train_dataset=[{"prompt": prompt} for prompt in PROMPTS],
         processing_class=task.tokenizer,
         peft_config=lora(),
