@@ -18,8 +18,8 @@ sampled padding token for the end of an answer, pads with one past the vocabular
 and what either makes of an answer without a stop token plays no part.
 
 What is left different, because it is part of the designs compared: the value function (a linear head on the policy that
-starts at 0 here, or with `--value-adapter` one on an adapter of the critic's own; there a second model, trained whole as
-in TRL's examples, or `--trl-value lora` or `frozen`: only LoRA and the head, or only the head), gradient clipping at
+starts at 0 here, or with `--value-adapter` one on an adapter of the critic's own; there a second model, trained whole
+as in TRL's examples, or `--trl-value lora` or `frozen`: only LoRA and the head, or only the head), gradient clipping at
 norm 1 (here alone), and how random numbers are drawn.
 
 Reported for each seed: score and KL to the reference (nats an answer) over the last three updates, as each trainer logs
