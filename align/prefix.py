@@ -138,8 +138,8 @@ def lay_out(rows: Sequence[Any], starts: Sequence[int], columns: int, device: An
             answer_P[own] = filled + g * queries + np.arange(member.own)
         filled += query_GQ.size
         first_G = np.array([member.shared for member in part])
-        on_device = (torch.from_numpy(x).to(device) for x in (query_GQ, key_GK, first_G))
-        groups.append(_Rows(*on_device, whole=not first_G.any()))  # type: ignore[misc]
+        query, key, first = (torch.from_numpy(x).to(device) for x in (query_GQ, key_GK, first_G))
+        groups.append(_Rows(query, key, first, whole=not first_G.any()))
     laid_out = (np.concatenate(own_tokens), np.concatenate(positions), place_BS, answer_P)
     ids_P, position_P, place, answer = (torch.from_numpy(x).to(device) for x in laid_out)
     return Layout(ids_P, position_P, place, groups, answer)
