@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from align import models, ranks
+from align import models, progress, ranks
 from align.logprobs import Pair, answer_logprobs, base_model
 
 FORMAT = 1
@@ -91,8 +91,15 @@ def _read(path: Path) -> dict[str, float]:
 
 
 def _write(path: Path, values: dict[str, float]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-        json.dump(values, file)
-    Path(file.name).replace(path)
+    """Whole or not at all. Without a place to keep them, the values are good for this run all the same."""
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+            part = Path(file.name)
+            json.dump(values, file)
+        part.replace(path)
+    except OSError as error:
+        if part:
+            part.unlink(missing_ok=True)
+        progress.say(f"  the reference's log-probabilities are not kept for the next run: {error}")

@@ -98,3 +98,14 @@ def test_a_damaged_file_is_computed_again(model: Any, damage: str, computed: lis
     assert reference_logprobs(model, ROWS, 0) == wanted and len(computed) == 6
     assert len(json.loads(path.read_text())) == 6
     assert [p.suffix for p in path.parent.iterdir()] == [".json"]
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_costs_nothing_else(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = reference_logprobs(model, ROWS, 0)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "file"))
+    assert reference_logprobs(model, ROWS, 0) == wanted
+    printed = capsys.readouterr()
+    assert "not kept for the next run" in printed.out + printed.err
