@@ -20,6 +20,7 @@ from torch import Tensor
 
 from align.logprobs import base_model, vocabulary_logits
 from align.lora import for_few_rows
+from align.stepper import Stepper, supported
 
 
 @dataclass
@@ -73,31 +74,23 @@ def draw(
     # Prompts that are asked for several answers are read once.
     places: dict[tuple[int, ...], int] = {}
     place_B = torch.tensor([places.setdefault(tuple(prompt), len(places)) for prompt in prompts], device=device)
-    size = max(map(len, prompts))
-    ids_BS = torch.zeros((len(places), size), dtype=torch.long)
-    attention_BS = torch.zeros((len(places), size), dtype=torch.long)
-    for tokens, row in places.items():
-        ids_BS[row, size - len(tokens) :] = torch.tensor(tokens)
-        attention_BS[row, size - len(tokens) :] = 1
-    ids_BS, attention_BS = ids_BS.to(device), attention_BS.to(device)
     if uniform_BT is None:
         uniform_BT = torch.rand((len(prompts), max_new_tokens), device=device, dtype=torch.float64)
     uniform_BT = uniform_BT.to(device)
     stop = torch.tensor(sorted(stop_ids), device=device)
     answers = [Drawn([], [], False) for _ in prompts]
     rows = list(range(len(prompts)))  # the prompts whose answers are still being written
-    cache = _new_cache(model)
-    position_BS = (attention_BS.cumsum(1) - 1).clamp(min=0)
     with for_few_rows(model):
+        held = _Held(model, list(places), max_new_tokens - 1)
         for t in range(max_new_tokens):
-            hidden_BH = _next_hidden(model, cache, ids_BS, attention_BS, position_BS)
+            hidden_BH = held.hidden_BH
             logits_BV = vocabulary_logits(model, hidden_BH)
-            logprobs_BV = torch.log_softmax(logits_BV / temperature if temperature > 0 else logits_BV, dim=-1)
+            if temperature not in (0, 1):
+                logits_BV /= temperature
+            logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
             if t == 0 and len(places) < len(prompts):
-                cache.reorder_cache(place_B)
-                hidden_BH, logprobs_BV, attention_BS, position_BS = (
-                    x[place_B] for x in (hidden_BH, logprobs_BV, attention_BS, position_BS)
-                )
+                held.keep(place_B)
+                hidden_BH, logprobs_BV = hidden_BH[place_B], logprobs_BV[place_B]
             if observe is not None:
                 for row, figures in zip(rows, observe(hidden_BH, logprobs_BV).tolist(), strict=True):
                     answers[row].observed.append(figures)
@@ -114,18 +107,76 @@ def draw(
                 answers[row].ids.append(token)
                 answers[row].logprobs.append(logprob)
                 answers[row].finished = stops
-            if bool(stops_B.all()):
+            if bool(stops_B.all()) or t + 1 == max_new_tokens:
                 break
-            position_BS = position_BS[:, -1:] + 1
-            ids_BS = token_B[:, None]
             if bool(stops_B.any()):
                 staying = (~stops_B).nonzero()[:, 0]
                 rows = [rows[i] for i in staying.tolist()]
-                cache.reorder_cache(staying)  # unlike `batch_select_indices`, recurrent layers have it too
-                ids_BS, position_BS = ids_BS[staying], position_BS[staying]
-                attention_BS, uniform_BT = attention_BS[staying], uniform_BT[staying]
-            attention_BS = torch.cat([attention_BS, attention_BS.new_ones((len(rows), 1))], dim=1)
+                held.keep(staying)
+                token_B, uniform_BT = token_B[staying], uniform_BT[staying]
+            held.read(token_B)
     return answers
+
+
+class _Held:
+    """The rows as the model remembers them: in its own cache, or, past the prompts, in a stepper where one is known.
+
+    hidden_BH: last hidden states after what was read.
+
+    Args:
+        prompts: tokens, all different; they are read at once, and what they begin with alike once where that is safe.
+        room: how many tokens follow the prompts at most.
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], room: int) -> None:
+        self.model, self.cache, self.room = model, _new_cache(model), room
+        self.stepper: Stepper | None = None
+        device = next(model.parameters()).device
+        # Padding stands between the common beginning and the rest: where layers count a window in columns, it must not.
+        common = _common(prompts) if supported(model) else 0
+        rest = max(map(len, prompts)) - common
+        ids_BS = torch.zeros((len(prompts), rest), dtype=torch.long)
+        self.attention_BS = torch.ones((len(prompts), common + rest), dtype=torch.long)
+        for row, tokens in enumerate(prompts):
+            padding = rest + common - len(tokens)
+            ids_BS[row, padding:] = torch.tensor(tokens[common:])
+            self.attention_BS[row, common : common + padding] = 0
+        self.attention_BS = self.attention_BS.to(device)
+        self.position_BS = (self.attention_BS.cumsum(1) - 1).clamp(min=0)
+        if common:
+            ids_1S = torch.tensor([prompts[0][:common]], device=device)
+            _next_hidden(model, self.cache, ids_1S, self.attention_BS[:1, :common], self.position_BS[:1, :common])
+            self.cache.reorder_cache(torch.zeros(len(prompts), dtype=torch.long, device=device))
+        self.hidden_BH = _next_hidden(
+            model, self.cache, ids_BS.to(device), self.attention_BS, self.position_BS[:, common:]
+        )
+
+    def read(self, token_B: Tensor) -> None:
+        """One more token of every row."""
+        self.position_BS = self.position_BS[:, -1:] + 1
+        if self.stepper is None and _steps(self.model):
+            self.stepper, self.cache = Stepper(self.model, self.cache, self.attention_BS, self.room), None
+        if self.stepper is not None:
+            self.hidden_BH = self.stepper.step(token_B, self.position_BS[:, 0])
+            return
+        self.attention_BS = torch.cat([self.attention_BS, self.attention_BS.new_ones((len(token_B), 1))], dim=1)
+        self.hidden_BH = _next_hidden(self.model, self.cache, token_B[:, None], self.attention_BS, self.position_BS)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order; a row may come more than once before the first step."""
+        self.attention_BS, self.position_BS = self.attention_BS[rows], self.position_BS[rows]
+        if self.stepper is not None:
+            self.stepper.keep(rows)
+        else:
+            self.cache.reorder_cache(rows)  # unlike `batch_select_indices`, recurrent layers have it too
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with alike, where that is worth a pass; each keeps one of its own."""
+    first, last = min(prompts), max(prompts)  # in lexicographic order, what these two share all share
+    size = min(map(len, prompts)) - 1
+    shared = next((i for i in range(size) if first[i] != last[i]), size)
+    return shared if len(prompts) > 1 and shared >= 4 else 0
 
 
 def _new_cache(model: Any) -> Any:
@@ -149,6 +200,30 @@ def _next_hidden(model: Any, cache: Any, ids_BS: Tensor, attention_BS: Tensor, p
         use_cache=True,
     )
     return output.last_hidden_state[:, -1]
+
+
+_STEPPED: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def _steps(model: Any) -> bool:
+    """Whether a stepper gives the hidden states of the model's own forward: tried once for each model."""
+    base = base_model(model)
+    if not supported(model):
+        return False
+    if base not in _STEPPED:
+        device = next(base.parameters()).device
+        size = min(base.config.get_text_config().vocab_size, 1000)
+        ids_BS = torch.randint(1, size, (2, 6), generator=torch.Generator().manual_seed(0)).to(device)
+        attention_BS = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], device=device)
+        position_BS = (attention_BS.cumsum(1) - 1).clamp(min=0)
+        caches = _new_cache(model), _new_cache(model)
+        for cache in caches:
+            _next_hidden(model, cache, ids_BS[:, :5], attention_BS[:, :5], position_BS[:, :5])
+        wanted_BH = _next_hidden(model, caches[0], ids_BS[:, 5:], attention_BS, position_BS[:, 5:]).float()
+        found_BH = Stepper(model, caches[1], attention_BS[:, :5], 1).step(ids_BS[:, 5], position_BS[:, 5]).float()
+        exact = next(base.parameters()).dtype == torch.float32
+        _STEPPED[base] = bool((found_BH - wanted_BH).norm() < (1e-4 if exact else 0.05) * wanted_BH.norm())
+    return _STEPPED[base]
 
 
 _KNOWN: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -221,8 +296,31 @@ def _pick(
     return token_B, logprobs_BV.gather(1, token_B[:, None])[:, 0]
 
 
+_BLOCK = 256
+
+
 def _inverse(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Index B at which the running sum passes `uniform` of the total; a token of probability 0 is never drawn."""
-    sums_BV = probs_BV.cumsum(-1, dtype=torch.float64)
-    wanted_B1 = (uniform_B * sums_BV[:, -1])[:, None]
-    return torch.searchsorted(sums_BV, wanted_B1, right=True)[:, 0].clamp(max=probs_BV.shape[1] - 1)
+    """Index B at which the running sum passes `uniform` of the total; a token of probability 0 is never drawn.
+
+    Sums of blocks come first, so that the running sum, in float64, is taken over one block of the vocabulary only.
+    """
+    size = probs_BV.shape[1]
+    if tail := -size % _BLOCK:
+        probs_BV = torch.nn.functional.pad(probs_BV, (0, tail))
+    blocks_BnK = probs_BV.unflatten(1, (-1, _BLOCK))
+    sums_Bn = blocks_BnK.sum(-1, dtype=torch.float64).cumsum(-1)
+    wanted_B1 = (uniform_B * sums_Bn[:, -1])[:, None]
+    block_B1 = _passed(sums_Bn, wanted_B1)
+    before_B1 = torch.where(block_B1 > 0, sums_Bn.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    inside_BK = blocks_BnK[torch.arange(len(probs_BV), device=probs_BV.device), block_B1[:, 0]].cumsum(
+        -1, dtype=torch.float64
+    )
+    index_B1 = block_B1 * _BLOCK + _passed(inside_BK, wanted_B1 - before_B1)
+    return index_B1[:, 0].clamp(max=size - 1)  # sums that are not numbers are passed nowhere; `draw` says so
+
+
+def _passed(sums_Bn: Tensor, wanted_B1: Tensor) -> Tensor:
+    """The first index B1 whose running sum is above `wanted`; rounding may leave it none, then the last that adds."""
+    below_B1 = torch.nextafter(sums_Bn[:, -1:], torch.zeros_like(wanted_B1))
+    found_B1 = torch.searchsorted(sums_Bn, torch.minimum(wanted_B1, below_B1), right=True)
+    return found_B1.clamp(max=sums_Bn.shape[1] - 1)

@@ -110,8 +110,10 @@ def vocabulary_logits(model: Any, hidden_NH: Tensor) -> Tensor:
 
 # Positions whose logits are held at a time; beyond it, tiles are computed again in the backward pass.
 TILE = 2048
-# With a frozen head nothing is kept for the backward pass, and small tiles stay in a CPU's caches.
-FROZEN_TILE = {"cpu": 256}
+# With a frozen head nothing is kept for the backward pass, and logits exist for one block of the vocabulary at a time:
+# small enough for a CPU's caches, large enough for its products.
+FROZEN_TILE = {"cpu": 1024}
+FROZEN_BLOCK = {"cpu": 4096}
 
 
 def target_logprobs(model: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
@@ -177,7 +179,8 @@ def _is_frozen_matrix(model: Any, head: Any) -> bool:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """TokenFigures of a frozen matrix, tile by tile, with the gradient of the log-probabilities on the way."""
+    """TokenFigures of a frozen matrix, by tiles of positions and blocks of the vocabulary, with the gradient of the
+    log-probabilities on the way."""
 
     @staticmethod
     def forward(
@@ -190,24 +193,17 @@ class _FrozenHead(torch.autograd.Function):
         only_logprobs: bool,
         wants_grad: bool,
     ) -> tuple[Tensor, ...]:
+        block = FROZEN_BLOCK.get(hidden_NH.device.type, len(weight_VH))
         grad_NH = torch.empty_like(hidden_NH) if wants_grad else None
         parts = []
         for start in range(0, max(len(hidden_NH), 1), tile):
             here = slice(start, start + tile)
-            logits_nV = (hidden_NH[here] @ weight_VH.T).float()
-            if temperature != 1:
-                logits_nV /= temperature
-            logprobs_nV = torch.log_softmax(logits_nV, -1)
-            chosen_n = logprobs_nV.gather(1, targets_N[here, None])[:, 0]
-            none_n = torch.zeros_like(chosen_n)
-            extras = none_n, none_n, none_n.bool()
-            if not only_logprobs:
-                entropy_n = -torch.linalg.vecdot(logprobs_nV.exp(), logprobs_nV)
-                extras = entropy_n, logits_nV.mean(-1), chosen_n >= logprobs_nV.amax(-1)
-            parts.append((chosen_n, *extras))
+            run = _OverVocabulary(hidden_NH[here], targets_N[here], wants_grad, only_logprobs)
+            for first in range(0, len(weight_VH), block):
+                run.add(weight_VH[first : first + block], first, temperature)
+            parts.append(run.figures(len(weight_VH)))
             if grad_NH is not None:
-                probs_nV = logprobs_nV.exp_().to(weight_VH.dtype)
-                grad_NH[here] = (weight_VH[targets_N[here]] - probs_nV @ weight_VH) / temperature
+                grad_NH[here] = (weight_VH[targets_N[here]] - run.mean_row()) / temperature
         if grad_NH is not None:
             ctx.save_for_backward(grad_NH)
         figures = tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -219,6 +215,68 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor, *_: Any) -> tuple[Any, ...]:
         (grad_NH,) = ctx.saved_tensors
         return (grad_NH * grad_N[:, None]).to(grad_NH.dtype), None, None, None, None, None, None
+
+
+class _OverVocabulary:
+    """Sums over the vocabulary that a softmax needs, block by block, so that a block's logits stay in the caches.
+
+    With m the largest logit so far, every sum is of terms times exp(logit - m); as m grows, the sums shrink with it.
+    (Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018.)
+    """
+
+    def __init__(self, hidden_NH: Tensor, targets_N: Tensor, wants_rows: bool, only_logprobs: bool) -> None:
+        count, f32 = len(hidden_NH), {"dtype": torch.float32, "device": hidden_NH.device}
+        self.hidden_NH, self.targets_N, self.only_logprobs = hidden_NH, targets_N, only_logprobs
+        self.largest_N = torch.full((count,), -torch.inf, **f32)
+        self.total_N = torch.zeros(count, **f32)  # of exp(logit - m)
+        self.spread_N = torch.zeros(count, **f32)  # of exp(logit - m) (logit - m)
+        self.logits_N = torch.zeros(count, **f32)  # of the logits
+        self.chosen_N = torch.zeros(count, **f32)  # the target's logit
+        self.rows_NH = torch.zeros_like(hidden_NH, dtype=torch.float32) if wants_rows else None  # of exp(..) W[row]
+
+    def add(self, weight_vH: Tensor, first: int, temperature: float) -> None:
+        """Take in the rows `first` and following of the matrix."""
+        logits_Nv = (self.hidden_NH @ weight_vH.T).float()
+        if temperature != 1:
+            logits_Nv /= temperature
+        place_N = self.targets_N - first
+        inside_N = (place_N >= 0) & (place_N < len(weight_vH))
+        own_N = logits_Nv.gather(1, place_N.clamp(0, len(weight_vH) - 1)[:, None])[:, 0]
+        self.chosen_N = torch.where(inside_N, own_N, self.chosen_N)
+        largest_N = torch.maximum(self.largest_N, logits_Nv.amax(-1))
+        shrink_N = (self.largest_N - largest_N).exp_()
+        if not self.only_logprobs:
+            self.logits_N += logits_Nv.sum(-1)
+        logits_Nv.sub_(largest_N[:, None])
+        if self.only_logprobs:
+            terms_Nv = logits_Nv.exp_()
+        else:
+            terms_Nv = logits_Nv.exp()
+            # Terms so far are of another m: exp(l - m) (l - m) = shrink exp(l - m') (l - m' + m' - m).
+            moved_N = torch.where(self.total_N > 0, self.total_N * (self.largest_N - largest_N), 0.0)
+            self.spread_N = (self.spread_N + moved_N) * shrink_N + torch.linalg.vecdot(terms_Nv, logits_Nv)
+        self.total_N = self.total_N * shrink_N + terms_Nv.sum(-1)
+        if self.rows_NH is not None:
+            self.rows_NH *= shrink_N[:, None]
+            if weight_vH.dtype == torch.float32:
+                self.rows_NH.addmm_(terms_Nv, weight_vH)
+            else:
+                self.rows_NH += terms_Nv.to(weight_vH.dtype) @ weight_vH
+        self.largest_N = largest_N
+
+    def figures(self, size: int) -> tuple[Tensor, ...]:
+        """The parts of TokenFigures."""
+        logprobs_N = self.chosen_N - self.largest_N - self.total_N.log()
+        if self.only_logprobs:
+            none_N = torch.zeros_like(logprobs_N)
+            return logprobs_N, none_N, none_N, none_N.bool()
+        entropy_N = self.total_N.log() - self.spread_N / self.total_N
+        return logprobs_N, entropy_N, self.logits_N / size, self.chosen_N >= self.largest_N
+
+    def mean_row(self) -> Tensor:
+        """The matrix's mean row NH under the softmax."""
+        assert self.rows_NH is not None
+        return self.rows_NH / self.total_N[:, None]
 
 
 def by_tiles(

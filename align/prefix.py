@@ -248,7 +248,20 @@ def _register(original: str) -> str:
 def _attention_sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return _attention(sdpa_attention_forward, False, module, query, key, value, attention_mask, kwargs)
+    # With a mask, transformers copies shared keys for every query head; CPU kernels read them where they are.
+    grouped = query.device.type == "cpu" and not kwargs.get("dropout") and _LAYOUT in kwargs
+    function = _grouped_sdpa if grouped else sdpa_attention_forward
+    return _attention(function, False, module, query, key, value, attention_mask, kwargs)
+
+
+def _grouped_sdpa(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any = None, **_: Any
+) -> tuple[Tensor, None]:
+    shared = key.shape[1] < query.shape[1]
+    attention = torch.nn.functional.scaled_dot_product_attention
+    causal = mask is None and query.shape[2] > 1
+    output = attention(query, key, value, attn_mask=mask, scale=scaling, is_causal=causal, enable_gqa=shared)
+    return output.transpose(1, 2), None
 
 
 def _attention_eager(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:

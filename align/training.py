@@ -71,11 +71,13 @@ def refused_settings(stage: str) -> Iterator[None]:
 
 def make_lean(section: TrainerSection, run: Run, *models: Any) -> None:
     """Under a built trainer's models: nothing is computed twice. What cannot be spared is said."""
+    from align.lean import lean_layers
     from align.lora import lean_lora
     from align.prefix import share_prefixes
 
     for model in models:
         lean_lora(model)
+        lean_layers(model)
         if section.share_prefixes and (reason := share_prefixes(model)):
             progress.say(f"  {run.stage}: every row is computed whole: {reason}")
 

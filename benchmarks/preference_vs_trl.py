@@ -185,12 +185,14 @@ def settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 
 def lean(side: str, model: Any) -> None:
+    from align.lean import lean_layers
     from align.lora import lean_lora
     from align.prefix import share_prefixes
 
     if side == "trl":
         return
     lean_lora(model)
+    lean_layers(model)
     if side == "ours" and (reason := share_prefixes(model)):
         sys.exit(f"prefixes are not shared: {reason}")
 

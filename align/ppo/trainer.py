@@ -31,6 +31,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from align import ranks
 from align.config import ModelSection
 from align.decode import stop_ids
+from align.lean import lean_layers
 from align.logprobs import Batch, Pair, base_model, collate
 from align.lora import lean_lora
 from align.ppo import maths
@@ -160,9 +161,11 @@ class PPOTrainer(Trainer):
         """Compute nothing twice; returns why prefixes are not shared, if they are not."""
         if is_peft(self.cast.trained.policy):
             lean_lora(self.cast.trained.policy)
+        models = [self.cast.trained.policy, self.cast.reference]
+        for model in models:
+            lean_layers(model)
         if not self.args.share_prefixes:
             return "share_prefixes is off"
-        models = [self.cast.trained.policy, self.cast.reference]
         return next(filter(None, map(share_prefixes, models)), None)
 
     def _check_launcher(self) -> None:
