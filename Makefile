@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two processes of two threads each on two cores spend their time waiting for each other.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help quickstart setup test test-quickstart test-polite bench clean
+.PHONY: help quickstart setup test test-quickstart test-polite bench soak clean
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -42,6 +42,13 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/sampling.py $(RESULTS)
 	$(BIN)/python benchmarks/prefix_cost.py $(RESULTS)
 	$(BIN)/python benchmarks/ppo_vs_trl.py $(RESULTS)
+
+## make soak              the label store and app under load and SIGKILL, in full (about 10 min)
+soak: $(VENV)/.dev
+	$(BIN)/python benchmarks/labeling_caps.py --seeds 20
+	$(BIN)/python benchmarks/labeling_kill.py --kills 20 --labels 5000
+	$(BIN)/python benchmarks/labeling_load.py --seconds 30
+	$(BIN)/python benchmarks/labeling_page.py
 
 setup: $(VENV)/.runtime
 

@@ -56,8 +56,25 @@ def sample(config: ConfigFile, overrides: Overrides = None, force: Force = False
 
 
 @app.command()
-def label(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
-    """Stage 3: turn comparisons, or an existing dataset, into preferences."""
+def label(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    force: Force = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="The app for one person on this machine, without a password.")
+    ] = False,
+    invite: Annotated[
+        str | None, typer.Option(metavar="ROLE", help="Print a link that lets one person join, and end.")
+    ] = None,
+) -> None:
+    """Stage 3: turn comparisons, or an existing dataset, into preferences; or serve the app where people label."""
+    overrides = [*(overrides or []), *(["label.source=people", "label.app.local=true"] if local else [])]
+    if invite is not None:
+        from align.config_file import load_config
+        from align.label import invitation
+
+        typer.echo(invitation(load_config(config, overrides), invite))
+        return
     _stage("label", config, overrides, force)
 
 

@@ -228,6 +228,21 @@ class SampleSection(GenerationSection):
     )
 
 
+class LabelAppSection(Section):
+    """Where the labelling app is served while labels are awaited; none of this changes what is labelled."""
+
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on; another than loopback needs TLS, or a proxy's url."
+    )
+    port: int = Field(8765, ge=1, le=65535, description="Port to listen on.")
+    local: bool = Field(False, description="One person on this machine, without a password; loopback only.")
+    tls_certificate: FilePath | None = Field(None, description="Certificate file (PEM), with its chain.")
+    tls_key: FilePath | None = Field(None, description="The certificate's private key.")
+    url: str | None = Field(
+        None, description="How browsers name the app where a proxy ends TLS: https://label.example.org"
+    )
+
+
 class LabelSection(Section):
     """Where preferences come from."""
 
@@ -237,11 +252,32 @@ class LabelSection(Section):
     )
     annotators: int = Field(6, gt=0, description="Size of the simulated panel.")
     labels_per_item: int = Field(3, gt=0, description="Labels by different annotators on each pair of answers.")
-    store: FilePath | None = Field(None, description="The label database; null: labels.sqlite in the run folder.")
+    store: FilePath | None = Field(
+        None,
+        description="The label database: a file, or postgresql://user@host/name (the password belongs into PGPASSWORD "
+        "or ~/.pgpass); null: labels.sqlite beside the run folders.",
+    )
     project: str | None = Field(
         None, description="people: the project in the label database; null: the pipeline's name."
     )
+    mode: Literal["pairwise", "ranking"] = Field(
+        "pairwise", description="people: two answers at a time on a scale of 1 to 7, or all answers of a prompt ranked."
+    )
+    policy: Literal["random", "least", "active"] = Field(
+        "random", description="people: which item comes next: any, the least labelled, or the least certain."
+    )
+    criteria: list[str] = Field(
+        [], description="people: what answers are rated for from 1 to 5, beside the preference."
+    )
+    gold_share: float = Field(0.07, ge=0, le=0.5, description="people: share of items with a known answer mixed in.")
+    lease_seconds: float = Field(900.0, ge=10, description="people: how long an item is kept for a silent annotator.")
+    guidelines: FilePath | None = Field(None, description="people: Markdown file of what annotators should look for.")
+    labels: int | None = Field(
+        None, gt=0, description="people: go on when so many labels are in; null: labels_per_item for every item."
+    )
+    finish: bool = Field(False, description="people: go on with the labels there are, without waiting for more.")
     min_labels: int = Field(1, gt=0, description="people: refuse to go on with fewer labels than this.")
+    app: LabelAppSection = Field(default_factory=LabelAppSection)
 
 
 class RewardSection(EpochSection):
@@ -393,6 +429,10 @@ class CompareSection(GenerationSection):
         512, gt=0, description="Longest prompt in tokens; longer ones are left out and counted."
     )
     examples: int = Field(24, ge=0, description="Prompts shown side by side in the report.")
+    blind_pairs: bool = Field(
+        False,
+        description="Also put the answers, pair by pair and without names, into the label database, for people to judge.",
+    )
 
 
 class Config(Section):

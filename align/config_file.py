@@ -151,7 +151,7 @@ def _resolve_paths(raw: dict[str, Any], section: type[BaseModel], folder: Path) 
         inner = _section_type(field.annotation)
         if inner and isinstance(value, dict):
             _resolve_paths(value, inner, folder)
-        elif isinstance(value, str) and _is_path(field):
+        elif isinstance(value, str) and _is_path(field) and "://" not in value:
             raw[key] = _absolute(value, folder)
         elif _is_path(field, PathOrNameMark):
             found = [_absolute(v, folder) if _is_folder(v, folder) else v for v in _listed(value)]

@@ -6,16 +6,19 @@ label store as people's, and everything made from them says so.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from align import progress, ranks
 from align.config import Config
 from align.data.load import load_preferences
-from align.runs import Run
+from align.runs import Run, is_done
+from labeling_ui.address import Address
 from labeling_ui.panel import HiddenPreference, label_with_panel, make_panel
-from labeling_ui.store import LabelStore
+from labeling_ui.store import LabelStore, Project, Settings
 from reward.aggregate import preferences
 from reward.records import InputError, Record, prompt_text, read_jsonl, write_jsonl
 
@@ -26,7 +29,7 @@ def run_label(config: Config, run: Run) -> dict[str, Any]:
         return {}
     if config.label.source == "dataset":
         return _from_dataset(config, run)
-    with LabelStore(store_path(config)) as store:
+    with LabelStore(store_address(config)) as store:
         if config.label.source == "simulated":
             project = _simulate(config, store)
         else:
@@ -37,6 +40,7 @@ def run_label(config: Config, run: Run) -> dict[str, Any]:
                 raise InputError(
                     f"project {project.name} has {count} labels, label.min_labels wants {config.label.min_labels}."
                 )
+            _export(store, project, run)
         found = preferences(store.votes(project), simulated=project.simulated)
         labels, digest = store.count_labels(project), store.digest(project)
     summary = _write(run, found.records, found.ties, [])
@@ -48,32 +52,133 @@ def run_label(config: Config, run: Run) -> dict[str, Any]:
     }
 
 
-def store_path(config: Config) -> Path:
-    """The label database.
-
-    Raises:
-        InputError: labels should come from people, but there is no database.
-    """
-    path = Path(config.label.store) if config.label.store else config.folder("label") / "labels.sqlite"
-    if config.label.source == "people" and not path.is_file():
-        raise InputError(
-            f"label.source is people, but there is no label database at {path}: set label.store to the labelling app's "
-            "database, or use label.source: simulated or dataset."
-        )
-    return path
+def store_address(config: Config) -> str:
+    """Where the label database of people is, a path or a URL; the simulated panel's lies in its stage's folder."""
+    if config.label.store:
+        return config.label.store
+    if config.label.source != "simulated":
+        # Beside the stage's folder: what --force clears must not be what people said.
+        config.folder("label").parent.mkdir(parents=True, exist_ok=True)
+        return str(config.folder("label").parent / "labels.sqlite")
+    return str(config.folder("label") / "labels.sqlite")
 
 
 def labels_digest(config: Config) -> dict[str, Any]:
     """People's labels as an input of the stage: new labels in the database make a new stage."""
-    with LabelStore(store_path(config)) as store:
-        project = store.project(config.label.project or config.name)
+    with LabelStore(store_address(config)) as store:
+        project = _project(config, store)
         return {"labels": store.count_labels(project), "labels_digest": store.digest(project)}
+
+
+# -- people -----------------------------------------------------------------------------------------------------------
+
+
+def collect(config: Config) -> None:
+    """Wait until people have given the labels that are wanted, serving the app meanwhile.
+
+    Nothing is waited for where the stage is done, where enough labels are there, or where `label.finish` says so. It
+    can be stopped at any moment and started again: a label is on the disk before its annotator sees that it is saved.
+    """
+    if is_done(config.folder("label")):
+        return
+    with LabelStore(store_address(config)) as store:
+        project = _project(config, store)
+        _import(config, store, project)
+        wanted = config.label.labels or len([i for i in store.items(project) if i.gold is None]) * _overlap(config)
+        if config.label.finish or store.closed(project) or store.count_labels(project) >= wanted:
+            return
+        if not wanted:
+            raise InputError(
+                f"project {project.name} in {store.database.name} has nothing to label: run `align sample` before, or "
+                "import comparisons."
+            )
+        _serve_until(config, store, project, wanted)
+
+
+def _project(config: Config, store: LabelStore) -> Project:
+    """The project, made or brought to what the config says."""
+    name, section = config.label.project or config.name, config.label
+    known = next((project for project in store.projects() if project.name == name), None)
+    if known is not None and known.simulated:
+        raise InputError(f"project {name} holds simulated labels: set label.source: simulated.")
+    settings = Settings(
+        mode=section.mode,
+        overlap=_overlap(config),
+        policy=section.policy,
+        gold_share=section.gold_share,
+        lease_seconds=section.lease_seconds,
+        criteria=tuple(section.criteria),
+    )
+    guidelines = Path(section.guidelines).read_text("utf-8") if section.guidelines else ""
+    return store.create_project(name, instructions=guidelines, settings=settings)
+
+
+def _overlap(config: Config) -> int:
+    return config.label.labels_per_item
+
+
+def _import(config: Config, store: LabelStore, project: Project) -> None:
+    made = config.folder("sample") / "comparisons.jsonl"
+    if "sample" in config.stages and made.is_file():
+        found = store.add_items(project, read_jsonl(made))
+        if found.added:
+            progress.say(f"  label: {found.added} items from {made} were added to project {project.name}")
+
+
+def invitation(config: Config, role: str) -> str:
+    """A link that lets one person join the labelling app."""
+    from labeling_ui.accounts import Accounts
+
+    with LabelStore(store_address(config)) as store:
+        return f"{_address(config).origins()[0]}/join?token={Accounts(store).invite(role)}"
+
+
+def _address(config: Config) -> Address:
+    app = config.label.app
+    tls = None
+    if app.tls_certificate or app.tls_key:
+        if not (app.tls_certificate and app.tls_key):
+            raise InputError("label.app: tls_certificate and tls_key come together: give both.")
+        tls = Path(app.tls_certificate), Path(app.tls_key)
+    return Address(app.host, app.port, tls, app.url)
+
+
+def _serve_until(config: Config, store: LabelStore, project: Project, wanted: int) -> None:
+    from labeling_ui.server import first_link, serving
+
+    app = config.label.app
+    with serving(store, _address(config), local=app.local) as site:
+        progress.say(
+            f"  label: project {project.name} is open at {site.origins[0]}/label/?project={quote(project.name)}"
+        )
+        if link := first_link(store, site):
+            whose = "you" if app.local else "the first admin, who invites the others"
+            progress.say(f"  label: this link lets in {whose}, once: {link}")
+        progress.say(
+            "  label: stop with Ctrl-C at any time; the same command goes on. label.finish=true ends it early."
+        )
+        with progress.bar("label: by people", wanted) as report:
+            while (count := store.count_labels(project)) < wanted and not store.closed(project):
+                report(count, f"{count} labels")
+                time.sleep(1)
+            report(min(count, wanted))
+    progress.say(f"  label: {count} labels are in, going on")
+
+
+def _export(store: LabelStore, project: Project, run: Run) -> None:
+    """What people's labels hold beside preferences."""
+    from labeling_ui import exchange
+
+    exchange.export_labels_csv(store, project, run.folder / "labels.csv")
+    exchange.export_demonstrations(store, project, run.folder / "demonstrations.jsonl")
+    exchange.export_store(store, project, run.folder / "labels.jsonl")
 
 
 def _simulate(config: Config, store: LabelStore) -> Any:
     progress.say("  SIMULATED LABELS: a program with a documented taste stands in for people (labeling_ui/panel.py).")
     comparisons = read_jsonl(config.folder("sample") / "comparisons.jsonl")
-    project = store.create_project(config.name, simulated=True)
+    settings = Settings(overlap=config.label.labels_per_item)
+    project = store.create_project(config.name, simulated=True, settings=settings)
     store.add_items(project, comparisons)
     with progress.bar("label: simulated panel", len(store.items(project)) * config.label.labels_per_item) as report:
         label_with_panel(

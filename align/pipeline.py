@@ -33,6 +33,8 @@ from reward.records import InputError, file_digest
 
 # Keys that change how a stage runs or reports, not what comes out: they may differ between a start and its resumption.
 NEUTRAL_KEYS = {"logging_steps", "save_steps", "save_total_limit", "report_to", "run_name", "dataloader_num_workers"}
+# What decides how people are asked, not what they said: their labels are an input of the stage by themselves.
+NEUTRAL_KEYS |= {"finish", "labels", "guidelines", "lease_seconds", "gold_share", "policy", "criteria", "blind_pairs"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ def _sampled(config: Config) -> list[str]:
     return [*sft, *(policy for policy in config.sample.policies if policy not in ("base", "sft"))]
 
 
+def _labelled(config: Config) -> list[str]:
+    """People may judge what `sample` made here, or what was imported into their database."""
+    asked = config.label.source == "simulated" or (config.label.source == "people" and "sample" in config.stages)
+    return ["sample"] if asked else []
+
+
 def _rewarded(config: Config) -> list[str]:
     return _on_sft(*(["reward"] if "reward" in config.ppo.rewards else []))(config)
 
@@ -72,9 +80,7 @@ def _compared(config: Config) -> list[str]:
 STAGES = {
     "sft": Stage("align.sft:run_sft", lambda c: [], ["demonstrations"], trains=True),
     "sample": Stage("align.sample:run_sample", _sampled, ["demonstrations", "prompts"]),
-    "label": Stage(
-        "align.label:run_label", lambda c: ["sample"] if c.label.source == "simulated" else [], ["preferences"]
-    ),
+    "label": Stage("align.label:run_label", _labelled, ["preferences"]),
     "reward": Stage("align.reward_model:run_reward", _on_sft("label"), trains=True),
     "dpo": Stage("align.dpo:run_dpo", _on_sft("label"), trains=True),
     "ppo": Stage("align.ppo.stage:run_ppo", _rewarded, ["demonstrations", "prompts", "preferences"], trains=True),
@@ -91,6 +97,8 @@ def run_stage(config: Config, name: str, *, force: bool = False) -> Run:
     stage = STAGES[name]
     # A parent is a stage of this pipeline or, among the policies to sample from, the folder of any finished run.
     parents = {p: config.folder(p) if p in STAGES else Path(p) for p in stage.parents(config)}
+    if name == "label" and config.label.source == "people" and ranks.is_first():
+        importlib.import_module("align.label").collect(config)
     inputs = stage_inputs(config, name)
     ranks.start()
     with open_run(
@@ -148,7 +156,7 @@ def stage_inputs(config: Config, name: str) -> dict[str, Any]:
     sections = [name, "model", *(["data"] if stage.files else []), *(["label"] if name == "compare" else [])]
     for section in sections:
         for key, value in _flat(config.section(section).model_dump(mode="json"), section):
-            if key.rpartition(".")[2] not in NEUTRAL_KEYS and not key.startswith("data."):
+            if key.rpartition(".")[2] not in NEUTRAL_KEYS and not key.startswith(("data.", "label.app.")):
                 inputs[key] = value
     if stage.files:
         inputs |= {"data.test_share": config.data.test_share, "data.max_rows": config.data.max_rows}

@@ -217,8 +217,7 @@ def _judgement(item: Item, annotator: Annotator, key: str, preference: HiddenPre
     return {
         "item_id": item.id,
         "annotator": annotator.name,
-        "left": item.pair[sides[0]],
-        "right": item.pair[sides[1]],
+        "order": [item.answers[sides[0]], item.answers[sides[1]]],
         "value": judge(annotator, left, right, rng),
         "key": key,
     }

@@ -1,102 +1,75 @@
-"""The label store: projects, the pairs to judge, and labels that are never changed, in one SQLite file.
+"""The label store: projects, what is to be judged, and every judgement ever made.
 
-Durability: a label that `record` returned is on the disk (WAL, synchronous=FULL); a process killed at any moment loses
-none. Within a process one lock admits one writer at a time, for writers that wait on SQLite's own lock starve each
-other; between processes BEGIN IMMEDIATE and the busy timeout do the same. Readers never wait.
+What people do is appended to the events and never changed; which label counts is a projection of the events, and
+`replay` makes it again from nothing. A person who corrects a label, or takes one back, adds an event.
 
-Labels and the comparisons they judge are append-only, and the database itself refuses to change them. A person who
-corrects a label adds a newer one.
+How the database keeps its promises stands in `labeling_ui.database`; who judges what next, in `labeling_ui.assignment`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
-import sqlite3
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NotRequired, Self, TypedDict
+from typing import Any, Literal, NotRequired, Self, TypedDict
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError, OperationalError
 
+from labeling_ui.database import Database, now_text, value_rows
+from labeling_ui.schema import COMPARISON, EVENT, GUIDELINE, ITEM, LABEL, LEASE, PROJECT
 from reward.aggregate import Vote
 from reward.records import InputError, Record
 from reward.records import digest as content_digest
 
-SCHEMA_VERSION = 1
-# "ALBL" in SQLite's application_id tells a label store from every other SQLite file.
-APPLICATION_ID = 0x414C424C
-# SQLite allows 32,766 values in one statement.
-VALUES_PER_STATEMENT = 10_000
+# Longer texts are no answers, and a page that holds them is no page.
+LONGEST_TEXT = 200_000
+LONGEST_NOTE = 10_000
+MOST_ANSWERS = 9
 
-metadata = sa.MetaData()
-PROJECT = sa.Table(
-    "projects",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.Text, nullable=False, unique=True),
-    sa.Column("instructions", sa.Text, nullable=False),
-    sa.Column("simulated", sa.Boolean, nullable=False),
-    sa.Column("created", sa.Text, nullable=False),
-)
-COMPARISON = sa.Table(
-    "comparisons",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("project_id", sa.ForeignKey("projects.id"), nullable=False),
-    sa.Column("comparison_id", sa.Text, nullable=False),
-    sa.Column("payload", sa.JSON, nullable=False),
-    sa.Column("digest", sa.Text, nullable=False),
-    sa.UniqueConstraint("project_id", "comparison_id"),
-)
-ITEM = sa.Table(
-    "items",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("project_id", sa.ForeignKey("projects.id"), nullable=False),
-    sa.Column("comparison", sa.ForeignKey("comparisons.id"), nullable=False),
-    sa.Column("key", sa.Text, nullable=False),
-    sa.Column("first", sa.Integer, nullable=False),
-    sa.Column("second", sa.Integer, nullable=False),
-    sa.UniqueConstraint("project_id", "key"),
-    sa.CheckConstraint("first < second"),
-)
-LABEL = sa.Table(
-    "labels",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("project_id", sa.ForeignKey("projects.id"), nullable=False),
-    sa.Column("item_id", sa.ForeignKey("items.id"), nullable=False, index=True),
-    sa.Column("annotator", sa.Text, nullable=False),
-    sa.Column("left", sa.Integer, nullable=False),
-    sa.Column("right", sa.Integer, nullable=False),
-    sa.Column("value", sa.Integer, nullable=False),
-    sa.Column("key", sa.Text, nullable=False),
-    sa.Column("seconds", sa.Float),
-    sa.Column("comment", sa.Text),
-    sa.Column("created", sa.Text, nullable=False),
-    sa.UniqueConstraint("project_id", "key"),
-    sa.CheckConstraint("value BETWEEN 1 AND 7"),
-)
 
-APPEND_ONLY = [
-    f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
-    f"BEGIN SELECT RAISE(ABORT, '{table} are append-only'); END"
-    for table in ("comparisons", "labels")
-    for verb in ("UPDATE", "DELETE")
-] + [
-    # INSERT OR REPLACE deletes the old row without firing delete triggers.
-    f"CREATE TRIGGER {table}_no_replace BEFORE INSERT ON {table} WHEN EXISTS (SELECT 1 FROM {table} "
-    f"WHERE id = NEW.id OR (project_id = NEW.project_id AND {key} = NEW.{key})) "
-    f"BEGIN SELECT RAISE(ABORT, '{table} are append-only'); END"
-    for table, key in (("comparisons", "comparison_id"), ("labels", "key"))
-]
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a project is judged.
+
+    Attributes:
+        mode: pairwise: two answers at a time on a scale of 1 to 7; ranking: all answers of a prompt at once.
+        overlap: labels by different annotators that an item wants; it never gets more.
+        policy: which item comes next. random: any; least: the one with the fewest labels; active: the one whose
+            outcome is least certain.
+        random_share: under active, the share of items drawn at random all the same, for an evaluation without bias.
+        gold_share: the share of items with a known answer mixed in, where the project has any.
+        lease_seconds: how long an item is kept for an annotator who shows no sign of life.
+        criteria: what each answer is rated for from 1 to 5 beside the preference; may be empty.
+        closed: nothing more is lent; whoever waits for labels goes on with those there are.
+    """
+
+    mode: Literal["pairwise", "ranking"] = "pairwise"
+    overlap: int = 1
+    policy: Literal["random", "least", "active"] = "random"
+    random_share: float = 0.2
+    gold_share: float = 0.07
+    lease_seconds: float = 900.0
+    criteria: tuple[str, ...] = ()
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        problems = [
+            (self.mode in ("pairwise", "ranking"), f"mode is {self.mode!r}: pairwise or ranking is wanted"),
+            (self.overlap >= 1, f"overlap is {self.overlap}: at least 1 label an item is wanted"),
+            (self.policy in ("random", "least", "active"), f"policy is {self.policy!r}: random, least or active"),
+            (0 <= self.random_share <= 1, f"random_share is {self.random_share}: a share from 0 to 1 is wanted"),
+            (0 <= self.gold_share <= 0.5, f"gold_share is {self.gold_share}: a share from 0 to 0.5 is wanted"),
+            (self.lease_seconds >= 10, f"lease_seconds is {self.lease_seconds}: at least 10 are wanted"),
+            (len(set(self.criteria)) == len(self.criteria) <= 8, "criteria: up to 8 different names are wanted"),
+        ]
+        for fine, problem in problems:
+            if not fine:
+                raise InputError(f"A project's {problem}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,104 +78,125 @@ class Project:
 
     id: int
     name: str
-    instructions: str
     simulated: bool
+    settings: Settings
     created: str
+    instructions: str
+    guidelines: int  # version of the instructions
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One pair of answers to judge.
+    """What is judged at once: some answers of one comparison.
 
     Attributes:
         id: number in this store.
-        key: "<comparison id>:<first>-<second>", the same in every store.
-        pair: indices of the two answers in the comparison, the smaller first.
+        key: "<comparison id>:<first>-<second>...", the same in every store.
+        answers: indices of the answers in the comparison, ascending.
         digest: sha256 of the whole comparison.
-        payload: `{comparison_id, pair: [i, j], prompt, split, answers: [answer i, answer j]}` and the comparison's
-            extra columns.
+        payload: `{comparison_id, pair: indices, prompt, split, answers}` and the comparison's extra columns.
+        gold: the indices of the better and the worse answer; None: nobody knows.
     """
 
     id: int
     key: str
     comparison_id: str
-    pair: tuple[int, int]
+    answers: tuple[int, ...]
     digest: str
     payload: Record
+    gold: tuple[int, ...] | None = None
+
+    @property
+    def pair(self) -> tuple[int, ...]:
+        return self.answers
 
 
 class Judgement(TypedDict):
-    """What `LabelStore.record_many` takes: the arguments of `LabelStore.record`."""
+    """One person's judgement of one item as it was on the screen.
+
+    item_id: the item. annotator: who. key: idempotency key, unique in the project: sent again, it stores nothing.
+    order: indices of the answers from left to right.
+    value: pairwise: 1 (left much better), 2, 3, 4 (tie), 5, 6, 7 (right much better).
+    ranking: groups of answer indices from best to worst, equals in one group; answers may be left out.
+    ratings: for each criterion, the rating 1 to 5 of answers by index (as text, for JSON's sake).
+    seconds: time spent looking at it. comment, flag, rewrite: words. rewrite: a better answer.
+    """
 
     item_id: int
     annotator: str
-    left: int
-    right: int
-    value: int
     key: str
+    order: Sequence[int]
+    value: NotRequired[int | None]
+    ranking: NotRequired[list[list[int]] | None]
+    ratings: NotRequired[dict[str, dict[str, int]] | None]
     seconds: NotRequired[float | None]
     comment: NotRequired[str | None]
+    flag: NotRequired[str | None]
+    rewrite: NotRequired[str | None]
 
 
-JUDGEMENT = tuple(Judgement.__annotations__)
+SAID = ("order", "value", "ranking", "ratings", "seconds", "comment", "flag", "rewrite")
 
 
 @dataclass(frozen=True, slots=True)
-class Label:
-    """One person's judgement of one item as it was on the screen.
-
-    Attributes:
-        left, right: indices of the answers shown on either side.
-        value: 1 (left much better), 2, 3, 4 (tie), 5, 6, 7 (right much better).
-        key: idempotency key, unique in the project.
-        seconds: time taken, if known.
-        created: UTC, ISO 8601.
-    """
+class Event:
+    """Something a person did: `kind` is label, skip, undo or verdict (of a reviewer, which overrides all labels); `body` what they said, in what order it was shown, the
+    sha256 of the text shown, the version of the guidelines, and the lease they held."""
 
     id: int
     item_id: int
     annotator: str
-    left: int
-    right: int
-    value: int
+    kind: str
     key: str
-    seconds: float | None
-    comment: str | None
+    body: dict[str, Any]
     created: str
 
-    def vote(self) -> Vote:
-        """The label turned from the screen's order to the item's: 1 means `pair[0]` is much better."""
-        return Vote(self.annotator, self.value if self.left < self.right else 8 - self.value)
+    def votes(self) -> list[tuple[tuple[int, int], Vote]]:
+        """What it says of pairs of answers (first < second), in the pair's own order."""
+        if self.kind not in ("label", "verdict"):
+            return []
+        if (value := self.body.get("value")) is not None:
+            left, right = self.body["order"]
+            return [((min(left, right), max(left, right)), Vote(self.annotator, value if left < right else 8 - value))]
+        ranks = {answer: rank for rank, group in enumerate(self.body["ranking"]) for answer in group}
+        found = []
+        for first, second in itertools.combinations(sorted(ranks), 2):
+            # A ranking says which, not how much: the distance stands for the strength, up to "much better".
+            steps = max(-3, min(3, ranks[second] - ranks[first]))
+            found.append(((first, second), Vote(self.annotator, 4 - steps)))
+        return found
+
+
+@dataclass(frozen=True)
+class Imported:
+    """How many items an import added, and how many were there already."""
+
+    added: int = 0
+    there: int = 0
+    too_few: list[str] = field(default_factory=list)  # comparisons with fewer than two different answers
+
+    def __iter__(self) -> Any:
+        return iter((self.added, self.there))
 
 
 class LabelStore:
-    """A label database; it is made if `path` does not exist. Safe to share between threads.
+    """Projects, items and labels in a label database.
 
     Args:
-        path: SQLite file. A copy of it is complete only after `close`, for recent labels are in the file beside it.
-        busy_seconds: how long to wait for another process that writes.
+        where, busy_seconds: as `Database` takes them.
+        clock: seconds since 1970; it is never taken to go backwards.
 
     Raises:
-        InputError: by every method, if the file is no label database or of a newer schema, or cannot be opened,
-            written or, within `busy_seconds`, locked.
+        InputError: by every method, what `Database` raises.
     """
 
-    def __init__(self, path: str | Path, *, busy_seconds: float = 30.0) -> None:
-        self.path = Path(path).absolute()
-        self._writer = threading.Lock()
-        self._busy_seconds = busy_seconds
-        # With isolation_level None the driver starts no transactions of its own; ours begin in _write and _read.
-        self._engine = sa.create_engine(
-            sa.URL.create("sqlite", database=str(self.path)),
-            connect_args={"timeout": busy_seconds, "isolation_level": None},
-        )
-        sa.event.listen(self._engine, "connect", _set_pragmas)
-        try:
-            self._prepare_schema()
-            self._use_wal()
-        except BaseException:
-            self.close()
-            raise
+    def __init__(
+        self, where: str | Path, *, busy_seconds: float = 30.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.database = Database(where, busy_seconds=busy_seconds)
+        self._clock, self._latest = clock, 0.0
+        with self.database.read() as connection:
+            self._latest = connection.execute(sa.select(sa.func.max(LEASE.c.issued))).scalar_one() or 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -211,38 +205,70 @@ class LabelStore:
         self.close()
 
     def close(self) -> None:
-        """Close all connections; the last one to close folds the write-ahead log into the file."""
-        self._engine.dispose()
+        self.database.close()
 
-    def create_project(self, name: str, *, instructions: str = "", simulated: bool = False) -> Project:
+    def now(self) -> float:
+        """Seconds since 1970. Where the machine's clock is set back, time stands still until it has caught up."""
+        self._latest = max(self._latest, self._clock())
+        return self._latest
+
+    # -- projects -------------------------------------------------------------------------------------------------
+
+    def create_project(
+        self, name: str, *, instructions: str = "", simulated: bool = False, settings: Settings | None = None
+    ) -> Project:
         """The project of that name, made if need be.
 
+        Args:
+            settings: None: as they are, or the defaults. Mode and simulated never change; the rest may.
+
         Raises:
-            InputError: the name is empty, or taken by a project with other instructions or another `simulated`.
+            InputError: the name is empty, or taken by a project with another mode or another `simulated`.
         """
-        if not name.strip():
-            raise InputError("The project name is empty: give a name.")
-        with self._write() as connection:
+        if not name.strip() or len(name) > 200:
+            raise InputError("The project name is empty or longer than 200 characters: give a name.")
+        with self.database.write() as connection:
             row = connection.execute(sa.select(PROJECT).where(PROJECT.c.name == name)).one_or_none()
             if row is None:
-                values: dict[str, Any] = {
+                values = {
                     "name": name,
-                    "instructions": instructions,
                     "simulated": simulated,
-                    "created": _now(),
+                    "settings": asdict(settings or Settings()),
+                    "item_count": 0,
+                    "label_count": 0,
+                    "created": now_text(self.now()),
                 }
-                query = sa.insert(PROJECT).values(values).returning(PROJECT.c.id)
-                return Project(id=connection.execute(query).scalar_one(), **values)
-        project = Project(**row._mapping)
-        if project.simulated != simulated:
-            have, want = ("simulated labels" if flag else "people's labels" for flag in (project.simulated, simulated))
-            raise InputError(f"Project {name} holds {have}, and {want} must never mix with them: use a new project.")
-        if project.instructions != instructions:
+                number = connection.execute(sa.insert(PROJECT).values(values).returning(PROJECT.c.id)).scalar_one()
+                _add_guidelines(connection, number, 1, instructions, now_text(self.now()))
+            else:
+                self._change_project(connection, row, instructions, simulated, settings)
+        return self.project(name)
+
+    def _change_project(
+        self, connection: sa.Connection, row: Any, instructions: str, simulated: bool, settings: Settings | None
+    ) -> None:
+        if row.simulated != simulated:
+            have, want = ("simulated labels" if flag else "people's labels" for flag in (row.simulated, simulated))
             raise InputError(
-                f"Project {name} has other instructions: labels given under different instructions must not mix; "
-                "keep the instructions or use a new project."
+                f"Project {row.name} holds {have}, and {want} must never mix with them: use a new project."
             )
-        return project
+        if settings is not None:
+            if row.settings["mode"] != settings.mode:
+                raise InputError(
+                    f"Project {row.name} is judged by {row.settings['mode']}, not by {settings.mode}: use a new project."
+                )
+            changed = asdict(settings) | {"criteria": list(settings.criteria), "closed": row.settings["closed"]}
+            if changed != row.settings:
+                connection.execute(sa.update(PROJECT).where(PROJECT.c.id == row.id).values(settings=changed))
+                if settings.overlap != row.settings["overlap"]:
+                    connection.execute(
+                        sa.update(ITEM)
+                        .where(ITEM.c.project_id == row.id, ITEM.c.gold.is_(None))
+                        .values(full=ITEM.c.taken >= settings.overlap)
+                    )
+        known = _guidelines(connection, row.id)
+        if instructions and known.text != instructions:
+            _add_guidelines(connection, row.id, known.version + 1, instructions, now_text(self.now()))
 
     def project(self, name: str) -> Project:
         """The project of that name.
@@ -250,22 +276,53 @@ class LabelStore:
         Raises:
             InputError: there is none; the message names those there are.
         """
-        with self._read() as connection:
-            rows = connection.execute(sa.select(PROJECT).order_by(PROJECT.c.name)).all()
-        for row in rows:
-            if row.name == name:
-                return Project(**row._mapping)
-        known = ", ".join(row.name for row in rows) or "none"
-        raise InputError(f"{self.path} has no project {name}; it has: {known}.")
+        projects = self.projects()
+        for project in projects:
+            if project.name == name:
+                return project
+        known = ", ".join(project.name for project in projects) or "none"
+        raise InputError(f"{self.database.name} has no project {name}; it has: {known}.")
 
-    def add_items(self, project: Project, comparisons: Iterable[Record]) -> tuple[int, int]:
-        """Add one item for every unordered pair of answers of every comparison, all or nothing.
+    def projects(self) -> list[Project]:
+        """All projects, by name."""
+        with self.database.read() as connection:
+            found = []
+            for row in connection.execute(sa.select(PROJECT).order_by(PROJECT.c.name)).all():
+                guidelines = _guidelines(connection, row.id)
+                settings = Settings(**{**row.settings, "criteria": tuple(row.settings["criteria"])})
+                found.append(
+                    Project(
+                        row.id,
+                        row.name,
+                        row.simulated,
+                        settings,
+                        row.created,
+                        guidelines.text,
+                        guidelines.version,
+                    )
+                )
+        return found
+
+    def close_project(self, project: Project, closed: bool = True) -> None:
+        """Lend nothing more, or lend again."""
+        with self.database.write() as connection:
+            where = PROJECT.c.id == project.id
+            settings = connection.execute(sa.select(PROJECT.c.settings).where(where)).scalar_one()
+            connection.execute(sa.update(PROJECT).where(where).values(settings={**settings, "closed": closed}))
+
+    def closed(self, project: Project) -> bool:
+        """Whether it was closed since `project` was read."""
+        return self.project(project.name).settings.closed
+
+    # -- items ----------------------------------------------------------------------------------------------------
+
+    def add_items(self, project: Project, comparisons: Iterable[Record]) -> Imported:
+        """Add what is to be judged of every comparison, all or nothing: each pair of its answers, or, in a ranking
+        project, all of them at once.
 
         Args:
-            comparisons: `{id, prompt, split, answers: [{text, ...}]}`; see `reward.records`.
-
-        Returns:
-            Number of items added, and of items that were there already.
+            comparisons: `{id, prompt, split, answers: [{text, ...}]}`; see `reward.records`. `gold`: indices of the
+                better and the worse answer, where that is known: every annotator may get it, to see how they judge.
 
         Raises:
             InputError: a comparison is malformed, has fewer than two answers, or has the id of another with
@@ -273,313 +330,505 @@ class LabelStore:
         """
         records = [_checked_comparison(record) for record in comparisons]
         added = there = 0
-        with self._write() as connection:
+        with self.database.write() as connection:
             wanted = [record["id"] for record in records]
+            query = sa.select(COMPARISON).where(COMPARISON.c.project_id == project.id)
             digests = {
                 row.comparison_id: row.digest
-                for row in _rows(connection, COMPARISON, project, COMPARISON.c.comparison_id, wanted)
+                for row in value_rows(connection, query, COMPARISON.c.comparison_id, wanted)
             }
             for record in records:
                 comparison_id, digest = record["id"], content_digest(record)
-                pairs = list(itertools.combinations(range(len(record["answers"])), 2))
+                groups = _groups(project, len(record["answers"]))
                 if known := digests.get(comparison_id):
                     if known != digest:
                         raise InputError(
                             f"Comparison {comparison_id} is in project {project.name} with different content: "
                             "what people judged cannot change; give the new content an id of its own."
                         )
-                    there += len(pairs)
+                    there += len(groups)
                     continue
                 row = {"project_id": project.id, "comparison_id": comparison_id, "payload": record, "digest": digest}
                 query = sa.insert(COMPARISON).values(row).returning(COMPARISON.c.id)
                 comparison = connection.execute(query).scalar_one()
-                connection.execute(
-                    sa.insert(ITEM),
-                    [
-                        {
-                            "project_id": project.id,
-                            "comparison": comparison,
-                            "key": f"{comparison_id}:{first}-{second}",
-                            "first": first,
-                            "second": second,
-                        }
-                        for first, second in pairs
-                    ],
-                )
+                connection.execute(sa.insert(ITEM), [_item_row(project, comparison, record, group) for group in groups])
                 digests[comparison_id] = digest
-                added += len(pairs)
-        return added, there
-
-    def record(
-        self,
-        project: Project,
-        item_id: int,
-        annotator: str,
-        *,
-        left: int,
-        right: int,
-        value: int,
-        key: str,
-        seconds: float | None = None,
-        comment: str | None = None,
-    ) -> Label:
-        """Store one label; when this returns, the label is on the disk.
-
-        Args:
-            left, right: indices of the answers as shown.
-            value: 1 (left much better) to 7 (right much better), 4 a tie.
-            key: idempotency key; sending the same label again under it returns the first and stores nothing.
-            seconds: time taken.
-
-        Raises:
-            InputError: a value is out of range, the item is not the project's, the sides are not its pair, the
-                annotator or key is empty, or the key belongs to a label with other content.
-        """
-        judgement: Judgement = {
-            "item_id": item_id,
-            "annotator": annotator,
-            "left": left,
-            "right": right,
-            "value": value,
-            "key": key,
-            "seconds": seconds,
-            "comment": comment,
-        }
-        return self.record_many(project, [judgement])[0]
-
-    def record_many(self, project: Project, judgements: Iterable[Judgement]) -> list[Label]:
-        """Store many labels in one transaction, all or none; `record` says how each is treated.
-
-        Returns:
-            The label of every judgement, in the same order.
-        """
-        wanted: list[dict[str, Any]] = [{"seconds": None, "comment": None, **each} for each in judgements]
-        keys = [each["key"] for each in wanted]
-        with self._write() as connection:
-            item_ids = [each["item_id"] for each in wanted]
-            pairs = {row.id: (row.first, row.second) for row in _rows(connection, ITEM, project, ITEM.c.id, item_ids)}
-            known = {
-                row.key: {name: row._mapping[name] for name in JUDGEMENT}
-                for row in _rows(connection, LABEL, project, LABEL.c.key, keys)
-            }
-            fresh = []
-            for each in wanted:
-                _check_judgement(each, project, pairs)
-                first = known.setdefault(each["key"], each)
-                if first is each:
-                    fresh.append({"project_id": project.id, "created": _now(), **each})
-                elif first != each:
-                    changed = ", ".join(name for name in each if each[name] != first[name])
-                    raise InputError(
-                        f"The key {each['key']} belongs to a label with a different {changed}: labels never change; "
-                        "send a correction under a new key."
-                    )
-            if fresh:
-                connection.execute(sa.insert(LABEL), fresh)
-            stored = {row.key: _label(row) for row in _rows(connection, LABEL, project, LABEL.c.key, keys)}
-        return [stored[key] for key in keys]
+                added += len(groups)
+            counted = sa.select(sa.func.count()).where(ITEM.c.project_id == project.id, ITEM.c.gold.is_(None))
+            connection.execute(
+                sa.update(PROJECT).where(PROJECT.c.id == project.id).values(item_count=counted.scalar_subquery())
+            )
+        return Imported(added, there)
 
     def items(self, project: Project) -> list[Item]:
         """All items of the project, in the order they were added."""
-        query = (
-            sa.select(*ITEM.c["id", "key", "first", "second"], *COMPARISON.c["comparison_id", "digest", "payload"])
-            .join_from(ITEM, COMPARISON)
-            .where(ITEM.c.project_id == project.id)
-            .order_by(ITEM.c.id)
-        )
-        with self._read() as connection:
-            return [_item(row) for row in connection.execute(query)]
+        with self.database.read() as connection:
+            return [_item(row) for row in connection.execute(_items_query(project).order_by(ITEM.c.id))]
 
-    def labels(self, project: Project) -> list[Label]:
-        """All labels of the project, in the order they were stored."""
-        query = sa.select(LABEL).where(LABEL.c.project_id == project.id).order_by(LABEL.c.id)
-        with self._read() as connection:
-            return [_label(row) for row in connection.execute(query)]
+    def item(self, project: Project, item_id: int) -> Item:
+        """One item.
+
+        Raises:
+            InputError: the project has none of that number.
+        """
+        with self.database.read() as connection:
+            return read_item(connection, project, item_id)
+
+    def prioritise(self, project: Project, uncertainty: Mapping[str, float]) -> None:
+        """Under the policy active, items come by falling uncertainty; those not named stand at 0."""
+        with self.database.write() as connection:
+            connection.execute(sa.update(ITEM).where(ITEM.c.project_id == project.id).values(priority=0.0))
+            rows = [{"k": key, "p": -float(value)} for key, value in uncertainty.items()]
+            if rows:
+                where = (ITEM.c.project_id == project.id) & (ITEM.c.key == sa.bindparam("k"))
+                connection.execute(sa.update(ITEM).where(where).values(priority=sa.bindparam("p")), rows)
+            from labeling_ui.schema import CURSOR
+
+            connection.execute(sa.delete(CURSOR).where(CURSOR.c.project_id == project.id))
+
+    # -- labels ---------------------------------------------------------------------------------------------------
+
+    def record(self, project: Project, judgement: Judgement) -> Event:
+        """`record_many` of one."""
+        return self.record_many(project, [judgement])[0]
+
+    def record_many(self, project: Project, judgements: Iterable[Judgement]) -> list[Event]:
+        """Store labels that were given without a lease, by a simulated panel or another tool, all or none.
+
+        When this returns, they are on the disk.
+
+        Raises:
+            InputError: a value is out of range, the item is not the project's, the order is not its answers, the
+                annotator or key is empty, or the key belongs to a label with other content.
+        """
+        wanted = list(judgements)
+        with self.database.write() as connection:
+            query = _items_query(project)
+            numbers = list({each["item_id"] for each in wanted})
+            items = {row.id: _item(row) for row in value_rows(connection, query, ITEM.c.id, numbers)}
+            keys = [each["key"] for each in wanted]
+            query = sa.select(EVENT).where(EVENT.c.project_id == project.id)
+            known = {row.key: _event(row) for row in value_rows(connection, query, EVENT.c.key, keys)}
+            fresh: list[dict[str, Any]] = []
+            found: dict[str, dict[str, Any]] = {key: asdict(event) for key, event in known.items()}
+            for each in wanted:
+                item = items.get(each["item_id"])
+                if item is None:
+                    raise InputError(f"Project {project.name} has no item {each['item_id']!r}.")
+                said = check_judgement(project, item, each)
+                if each["key"] in found:
+                    same_said(found[each["key"]], "label", each, said)
+                    continue
+                body = said | {"shown": shown_digest(item, said["order"]), "guidelines": project.guidelines}
+                row = event_row(project, item.id, each["annotator"], "label", each["key"], body, self.now())
+                fresh.append(row)
+                found[each["key"]] = row
+            for start in range(0, len(fresh), 1000):
+                connection.execute(sa.insert(EVENT), fresh[start : start + 1000])
+            query = sa.select(EVENT).where(EVENT.c.project_id == project.id)
+            stored = {row.key: _event(row) for row in value_rows(connection, query, EVENT.c.key, keys)}
+            new = {row["key"] for row in fresh}
+            self._project_many(connection, project, [event for key, event in stored.items() if key in new])
+        return [stored[key] for key in keys]
+
+    def adjudicate(self, project: Project, item_key: str, reviewer: str, said: Mapping[str, Any], key: str) -> Event:
+        """Store a reviewer's verdict on an item that annotators disagree about; it overrides their labels.
+
+        Args:
+            said: `value` or `ranking`, in the item's own order.
+
+        Raises:
+            InputError: there is no such item, or the verdict says what cannot be said.
+        """
+        with self.database.write() as connection:
+            row = connection.execute(_items_query(project).where(ITEM.c.key == item_key)).one_or_none()
+            if row is None:
+                raise InputError(f"Project {project.name} has no item {item_key!r}.")
+            item, annotator = _item(row), f"{reviewer} (verdict)"
+            given = {**said, "order": list(item.answers), "annotator": annotator, "key": key, "item_id": item.id}
+            checked = check_judgement(project, item, given)
+            if (known := event_of_key(connection, project, key)) is not None:
+                same_said(asdict(known), "verdict", given, checked)
+                return known
+            body = checked | {"shown": shown_digest(item, item.answers), "guidelines": project.guidelines}
+            return append(connection, project, event_row(project, item.id, annotator, "verdict", key, body, self.now()))
+
+    def _project_many(self, connection: sa.Connection, project: Project, events: list[Event]) -> None:
+        """Let fresh labels count."""
+        newest = {(event.item_id, event.annotator): event for event in sorted(events, key=lambda event: event.id)}
+        touched = list({item_id for item_id, _ in newest})
+        query = sa.select(LABEL).where(LABEL.c.project_id == project.id)
+        there = {(row.item_id, row.annotator) for row in value_rows(connection, query, LABEL.c.item_id, touched)}
+        rows = [
+            {"item_id": i, "annotator": a, "project_id": project.id, "event_id": event.id, "kind": event.kind}
+            for (i, a), event in newest.items()
+        ]
+        if added := [row for row in rows if (row["item_id"], row["annotator"]) not in there]:
+            connection.execute(sa.insert(LABEL), added)
+        for row in rows:
+            if (row["item_id"], row["annotator"]) in there:
+                set_label(
+                    connection, project, row["item_id"], row["annotator"], newest[row["item_id"], row["annotator"]]
+                )
+        for item_id in touched:
+            recount(connection, project, item_id)
+
+    def labels(self, project: Project) -> list[Event]:
+        """The labels that count, one for each annotator and item, in the order they were given."""
+        return self._counting(project, "label")
+
+    def _counting(self, project: Project, kind: str) -> list[Event]:
+        query = (
+            sa.select(EVENT)
+            .join(LABEL, LABEL.c.event_id == EVENT.c.id)
+            .where(LABEL.c.project_id == project.id, LABEL.c.kind == kind)
+            .order_by(EVENT.c.id)
+        )
+        with self.database.read() as connection:
+            return [_event(row) for row in connection.execute(query)]
+
+    def events(self, project: Project) -> list[Event]:
+        """All that anyone ever did, in order."""
+        query = sa.select(EVENT).where(EVENT.c.project_id == project.id).order_by(EVENT.c.id)
+        with self.database.read() as connection:
+            return [_event(row) for row in connection.execute(query)]
 
     def count_labels(self, project: Project) -> int:
-        """Number of labels of the project."""
-        query = sa.select(sa.func.count()).select_from(LABEL).where(LABEL.c.project_id == project.id)
-        with self._read() as connection:
-            return connection.execute(query).scalar_one()
+        """Number of labels that count."""
+        where = (LABEL.c.project_id == project.id) & (LABEL.c.kind == "label")
+        with self.database.read() as connection:
+            return connection.execute(sa.select(sa.func.count()).select_from(LABEL).where(where)).scalar_one()
 
     def votes(self, project: Project) -> list[tuple[Record, list[Vote]]]:
-        """The payload of every item with its votes, as `reward.aggregate.preferences` takes them.
+        """Every pair of answers with its votes, as `reward.aggregate.preferences` takes them; gold items are none.
 
-        An annotator's newest label on an item is their vote; the older ones stay in `labels`.
+        Where a reviewer has given a verdict, it is the one vote.
         """
-        newest: dict[int, dict[str, Vote]] = {}
-        for label in self.labels(project):
-            newest.setdefault(label.item_id, {})[label.annotator] = label.vote()
-        return [(item.payload, list(newest.get(item.id, {}).values())) for item in self.items(project)]
+        given: dict[int, dict[tuple[int, int], list[Vote]]] = {}
+        verdicts = {event.item_id: event for event in self._counting(project, "verdict")}
+        labels = [label for label in self.labels(project) if label.item_id not in verdicts]
+        for event in [*labels, *verdicts.values()]:
+            for pair, vote in event.votes():
+                given.setdefault(event.item_id, {}).setdefault(pair, []).append(vote)
+        found = []
+        for item in self.items(project):
+            if item.gold is None:
+                for pair in itertools.combinations(item.answers, 2):
+                    found.append((_pair_payload(item, pair), given.get(item.id, {}).get(pair, [])))
+        return found
 
     def digest(self, project: Project) -> str:
-        """sha256 over all labels in order, with the content they judged, as 64 hex digits.
+        """sha256 over the labels that count, with the content they judged, as 64 hex digits.
 
-        Row numbers and times of storing do not enter: the same labels on the same items give the same digest in
-        any store.
+        Row numbers and times do not enter: the same labels on the same items give the same digest in any store.
         """
         # Labels before items: then every label's item is there, even while others add to the store.
         given = self.labels(project)
-        judged = {item.id: {"item": item.key, "content": item.digest} for item in self.items(project)}
-        said = [name for name in JUDGEMENT if name != "item_id"]
-        return content_digest(
-            [judged[label.item_id] | {name: getattr(label, name) for name in said} for label in given]
+        items = {item.id: item for item in self.items(project)}
+        told = [
+            [items[e.item_id].key, e.annotator, items[e.item_id].digest, {name: e.body.get(name) for name in SAID}]
+            for e in given
+        ]
+        return content_digest(sorted(told, key=lambda row: (row[0], row[1])))
+
+    def replay(self, project: Project) -> None:
+        """Make the projection again from the events; what it said before is forgotten."""
+        stacks: dict[tuple[int, str], list[Event]] = {}
+        with self.database.write() as connection:
+            query = sa.select(EVENT).where(EVENT.c.project_id == project.id).order_by(EVENT.c.id)
+            for event in map(_event, connection.execute(query)):
+                fold(stacks.setdefault((event.item_id, event.annotator), []), event)
+            connection.execute(sa.delete(LABEL).where(LABEL.c.project_id == project.id))
+            connection.execute(sa.update(ITEM).where(ITEM.c.project_id == project.id).values(labelled=0))
+            connection.execute(sa.update(PROJECT).where(PROJECT.c.id == project.id).values(label_count=0))
+            rows = [
+                {"item_id": i, "annotator": a, "project_id": project.id, "event_id": s[-1].id, "kind": s[-1].kind}
+                for (i, a), s in stacks.items()
+                if s
+            ]
+            if rows:
+                connection.execute(sa.insert(LABEL), rows)
+            for (item_id,) in connection.execute(sa.select(ITEM.c.id).where(ITEM.c.project_id == project.id)).all():
+                recount(connection, project, item_id)
+
+
+# -- within a transaction ---------------------------------------------------------------------------------------------
+
+
+def fold(stack: list[Event], event: Event) -> None:
+    """What counts of one annotator's events on one item is the top of the stack."""
+    if event.kind == "undo":
+        stack[:] = [before for before in stack if before.key != event.body["undoes"]]
+    else:
+        stack.append(event)
+
+
+def append(connection: sa.Connection, project: Project, row: dict[str, Any]) -> Event:
+    """Append one event and let it count."""
+    number = connection.execute(sa.insert(EVENT).values(row).returning(EVENT.c.id)).scalar_one()
+    event = Event(id=number, **{name: value for name, value in row.items() if name != "project_id"})
+    if event.kind == "undo":
+        stack: list[Event] = []
+        where = (EVENT.c.item_id == event.item_id) & (EVENT.c.annotator == event.annotator)
+        for before in connection.execute(sa.select(EVENT).where(where).order_by(EVENT.c.id)):
+            fold(stack, _event(before))
+        set_label(connection, project, event.item_id, event.annotator, stack[-1] if stack else None)
+    else:
+        set_label(connection, project, event.item_id, event.annotator, event)
+    return event
+
+
+def set_label(connection: sa.Connection, project: Project, item_id: int, annotator: str, event: Event | None) -> None:
+    where = (LABEL.c.item_id == item_id) & (LABEL.c.annotator == annotator)
+    connection.execute(sa.delete(LABEL).where(where))
+    if event is not None:
+        row = {"item_id": item_id, "annotator": annotator, "project_id": project.id}
+        connection.execute(sa.insert(LABEL).values(row | {"event_id": event.id, "kind": event.kind}))
+
+
+def recount(connection: sa.Connection, project: Project, item_id: int) -> int:
+    """How much of an item's cap is taken: labels that count and leases that live, never both of one annotator."""
+    labels = sa.select(sa.func.count()).where(LABEL.c.item_id == item_id, LABEL.c.kind == "label").scalar_subquery()
+    leases = sa.select(sa.func.count()).where(LEASE.c.item_id == item_id, LEASE.c.state == "live").scalar_subquery()
+    known = sa.select(labels, leases, ITEM.c.labelled, ITEM.c.taken, ITEM.c.gold.is_(None)).where(ITEM.c.id == item_id)
+    labelled, lent, labelled_before, taken_before, counts = connection.execute(known).one()
+    taken = int(labelled + lent)
+    if (labelled, taken) != (labelled_before, taken_before):
+        changed = {"labelled": labelled, "taken": taken, "full": not counts or taken >= project.settings.overlap}
+        connection.execute(sa.update(ITEM).where(ITEM.c.id == item_id).values(changed))
+    if counts and labelled != labelled_before:
+        more = PROJECT.c.label_count + (labelled - labelled_before)
+        connection.execute(sa.update(PROJECT).where(PROJECT.c.id == project.id).values(label_count=more))
+    return taken
+
+
+def read_item(connection: sa.Connection, project: Project, item_id: int) -> Item:
+    row = connection.execute(_items_query(project).where(ITEM.c.id == item_id)).one_or_none()
+    if row is None:
+        raise InputError(f"Project {project.name} has no item {item_id!r}.")
+    return _item(row)
+
+
+def event_of_key(connection: sa.Connection, project: Project, key: str) -> Event | None:
+    row = connection.execute(sa.select(EVENT).where(EVENT.c.project_id == project.id, EVENT.c.key == key)).one_or_none()
+    return None if row is None else _event(row)
+
+
+def event_row(
+    project: Project, item_id: int, annotator: str, kind: str, key: str, body: dict[str, Any], now: float
+) -> dict[str, Any]:
+    return {
+        "project_id": project.id,
+        "item_id": item_id,
+        "annotator": annotator,
+        "kind": kind,
+        "key": key,
+        "body": body,
+        "created": now_text(now),
+    }
+
+
+def same_said(known: Mapping[str, Any], kind: str, given: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """Refuse a key that belongs to something else that was said.
+
+    Raises:
+        InputError: it does; the message names what differs.
+    """
+    pairs = {"kind": (known["kind"], kind), "annotator": (known["annotator"], given["annotator"])}
+    pairs["item_id"] = (known["item_id"], given["item_id"])
+    pairs |= {name: (known["body"].get(name), value) for name, value in said.items()}
+    if changed := [name for name, (before, now) in pairs.items() if before != now]:
+        raise InputError(
+            f"The key {given['key']} belongs to a label with a different {', '.join(changed)}: labels never change; "
+            "send a correction under a new key."
         )
 
-    @contextmanager
-    def _write(self) -> Iterator[sa.Connection]:
-        """A transaction that holds the write lock from its first statement, and so never has to be tried again."""
-        with self._writer, self._explained(), self._engine.begin() as connection:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            yield connection
 
-    @contextmanager
-    def _read(self) -> Iterator[sa.Connection]:
-        """One consistent view of the database; it neither waits for writers nor makes them wait."""
-        with self._explained(), self._engine.begin() as connection:
-            connection.exec_driver_sql("BEGIN")
-            yield connection
-
-    def _prepare_schema(self) -> None:
-        """Check that the file is ours and of our version, or lay out the schema in an empty one."""
-        with self._write() as connection:
-            application = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-            empty = not connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one()
-            if application != APPLICATION_ID and not (empty and application == version == 0):
-                raise InputError(f"{self.path} is a database of another program: give the path of a label database.")
-            if version > SCHEMA_VERSION:
-                raise InputError(
-                    f"{self.path} has schema version {version}, and this program knows versions up to "
-                    f"{SCHEMA_VERSION}: update the program."
-                )
-            if version == 0:
-                metadata.create_all(connection)
-                for trigger in APPEND_ONLY:
-                    connection.exec_driver_sql(trigger)
-                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            # Written at every start: BEGIN IMMEDIATE passes on a read-only file, only a write finds out.
-            connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
-
-    def _use_wal(self) -> None:
-        """Turn on the write-ahead log, which stays on in the file.
-
-        SQLite answers "busy" at once, without the busy timeout, where two processes turn it on together.
-        """
-        deadline = time.monotonic() + self._busy_seconds
-        with self._explained(), self._engine.connect() as connection:
-            while True:
-                try:
-                    mode = connection.exec_driver_sql("PRAGMA journal_mode = WAL").scalar_one()
-                    break
-                except OperationalError:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.01)
-        if mode != "wal":
-            raise InputError(f"{self.path} is on a file system without write-ahead logs: use a local disk.")
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn the failures that a user can mend into sentences; ours stay as they are."""
-        try:
-            yield
-        except (DBAPIError, sqlite3.Error) as error:
-            cause = error.orig if isinstance(error, DBAPIError) else error
-            # The low byte is the kind of failure, the rest its variety.
-            advice = ADVICE.get(getattr(cause, "sqlite_errorcode", 0) & 0xFF)
-            if advice is None:
-                raise
-            raise InputError(f"{self.path} {advice.format(seconds=self._busy_seconds)} ({cause}).") from error
+def shown_digest(item: Item, order: Sequence[int]) -> str:
+    """sha256 of what was on the screen: the prompt, and the answers' texts in their order."""
+    texts = dict(zip(item.answers, (answer["text"] for answer in item.payload["answers"]), strict=True))
+    shown = json.dumps([item.payload["prompt"], [texts[i] for i in order]], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(shown.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-ADVICE = {
-    sqlite3.SQLITE_NOTADB: "is not a label database: give the path of one, or of a file that does not exist yet",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened: its folder must exist and be writable",
-    sqlite3.SQLITE_READONLY: "is read-only: labels need a file and a folder that can be written",
-    sqlite3.SQLITE_PERM: "may not be accessed: labels need a file and a folder that can be written",
-    sqlite3.SQLITE_BUSY: "has been locked by another process for {seconds:g} seconds: end that process or wait",
-    sqlite3.SQLITE_FULL: "cannot grow, the disk is full: free some space and send the label again",
-    sqlite3.SQLITE_CORRUPT: "is damaged: restore it from a copy",
-}
+def check_judgement(project: Project, item: Item, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a judgement says, in the form it is stored in.
+
+    Raises:
+        InputError: it is none of this item, or says what cannot be said.
+    """
+    for name in ("annotator", "key"):
+        if not isinstance(given.get(name), str) or not given[name].strip() or len(given[name]) > 500:
+            raise InputError(f"A label has the {name} {given.get(name)!r}: a text of 1 to 500 characters is wanted.")
+    said: dict[str, Any] = {name: given.get(name) for name in SAID}
+    order = said["order"] = list(given["order"]) if isinstance(given.get("order"), list | tuple) else given.get("order")
+    if not isinstance(order, list) or sorted(map(str, order)) != sorted(map(str, item.answers)):
+        raise InputError(
+            f"A label of item {item.id} shows answers {order!r}: the item's answers are {list(item.answers)}."
+        )
+    if project.settings.mode == "pairwise":
+        value = said["value"]
+        if type(value) is not int or not 1 <= value <= 7 or said["ranking"] is not None:
+            raise InputError(
+                f"A label has the value {value!r}: a whole number from 1 (left much better) to 7 (right much better) "
+                "is wanted."
+            )
+    else:
+        said["ranking"] = _checked_ranking(item, said["ranking"])
+        if said["value"] is not None:
+            raise InputError("A label of a ranking project has a value: a ranking is wanted, and nothing else.")
+    said["ratings"] = _checked_ratings(project, item, said["ratings"])
+    seconds = said["seconds"]
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and 0 <= seconds < math.inf):
+        raise InputError(f"A label took {seconds!r} seconds: a number of at least 0, or none, is wanted.")
+    for name, most in (("comment", LONGEST_NOTE), ("flag", LONGEST_NOTE), ("rewrite", LONGEST_TEXT)):
+        said[name] = checked_note(name, said[name], most)
+    return said
 
 
-def _set_pragmas(connection: sqlite3.Connection, _: object) -> None:
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
+def checked_note(name: str, text: Any, most: int = LONGEST_NOTE) -> str | None:
+    """Words beside a label: None where there are none."""
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return None
+    if not isinstance(text, str) or len(text) > most:
+        raise InputError(f"A label's {name} must be a text of at most {most} characters.")
+    if "\0" in text:
+        raise InputError(f"A label's {name} holds the character 0, which no text has: leave it out.")
+    return text.encode("utf-8", "replace").decode()
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def _checked_ranking(item: Item, ranking: Any) -> list[list[int]]:
+    named = [answer for group in ranking for answer in group] if _is_ranking(ranking) else []
+    if len(named) < 2 or len(set(named)) != len(named) or not set(named) <= set(item.answers):
+        raise InputError(
+            f"A label has the ranking {ranking!r}: groups of the answers {list(item.answers)} from best to worst are "
+            "wanted, at least two answers in all and none twice."
+        )
+    return [sorted(group) for group in ranking]
 
 
-def _rows(
-    connection: sa.Connection, table: sa.Table, project: Project, column: sa.Column[Any], values: Sequence[Any]
-) -> Iterator[sa.Row[Any]]:
-    """The project's rows of `table` whose `column` has one of `values`."""
-    for start in range(0, len(values), VALUES_PER_STATEMENT):
-        some = values[start : start + VALUES_PER_STATEMENT]
-        yield from connection.execute(sa.select(table).where(table.c.project_id == project.id, column.in_(some)))
+def _is_ranking(ranking: Any) -> bool:
+    groups = isinstance(ranking, list) and all(isinstance(group, list) and group for group in ranking)
+    return groups and all(type(answer) is int for group in ranking for answer in group)
+
+
+def _checked_ratings(project: Project, item: Item, ratings: Any) -> dict[str, dict[str, int]] | None:
+    if not ratings:
+        return None
+    known = {str(answer) for answer in item.answers}
+    for criterion, given in ratings.items() if isinstance(ratings, dict) else [(None, None)]:
+        fine = criterion in project.settings.criteria and isinstance(given, dict) and set(given) <= known
+        if not fine or not all(type(value) is int and 1 <= value <= 5 for value in given.values()):
+            raise InputError(
+                f"A label has the ratings {ratings!r}: for the criteria {list(project.settings.criteria)}, whole "
+                "numbers from 1 to 5 by answer are wanted."
+            )
+    return ratings
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _guidelines(connection: sa.Connection, project_id: int) -> Any:
+    query = sa.select(GUIDELINE).where(GUIDELINE.c.project_id == project_id)
+    return connection.execute(query.order_by(GUIDELINE.c.version.desc()).limit(1)).one()
+
+
+def _add_guidelines(connection: sa.Connection, project_id: int, version: int, text: str, created: str) -> None:
+    row = {"project_id": project_id, "version": version, "text": text, "created": created}
+    connection.execute(sa.insert(GUIDELINE).values(row))
+
+
+def _groups(project: Project, count: int) -> list[tuple[int, ...]]:
+    """Answers that are judged together."""
+    return list(itertools.combinations(range(count), 2 if project.settings.mode == "pairwise" else count))
+
+
+def _item_row(project: Project, comparison: int, record: Record, group: tuple[int, ...]) -> dict[str, Any]:
+    key = f"{record['id']}:{'-'.join(map(str, group))}"
+    drawn = hashlib.sha256(f"{project.name} {key}".encode("utf-8", "surrogatepass")).digest()
+    gold = record.get("gold")
+    if gold is not None:
+        gold = {"better": gold[0], "worse": gold[1]} if set(gold) <= set(group) else None
+    return {
+        "project_id": project.id,
+        "comparison": comparison,
+        "key": key,
+        "answers": list(group),
+        "gold": gold,
+        "taken": 0,
+        "full": gold is not None,
+        "shuffle": int.from_bytes(drawn[:6]) / 2**48,
+        "priority": 0.0,
+    }
+
+
+def _items_query(project: Project) -> Any:
+    return (
+        sa.select(*ITEM.c["id", "key", "answers", "gold"], *COMPARISON.c["comparison_id", "digest", "payload"])
+        .join_from(ITEM, COMPARISON)
+        .where(ITEM.c.project_id == project.id)
+    )
 
 
 def _item(row: sa.Row[Any]) -> Item:
-    rest = {name: value for name, value in row.payload.items() if name not in ("id", "answers")}
+    rest = {name: value for name, value in row.payload.items() if name not in ("id", "answers", "gold")}
     payload = {
         "comparison_id": row.comparison_id,
-        "pair": [row.first, row.second],
+        "pair": list(row.answers),
         **rest,
-        "answers": [row.payload["answers"][row.first], row.payload["answers"][row.second]],
+        "answers": [row.payload["answers"][i] for i in row.answers],
     }
-    return Item(row.id, row.key, row.comparison_id, (row.first, row.second), row.digest, payload)
+    gold = None if row.gold is None else (row.gold["better"], row.gold["worse"])
+    return Item(row.id, row.key, row.comparison_id, tuple(row.answers), row.digest, payload, gold)
 
 
-def _label(row: sa.Row[Any]) -> Label:
-    return Label(**{name: value for name, value in row._mapping.items() if name != "project_id"})
+def _pair_payload(item: Item, pair: tuple[int, int]) -> Record:
+    answers = dict(zip(item.answers, item.payload["answers"], strict=True))
+    return item.payload | {"pair": list(pair), "answers": [answers[i] for i in pair]}
+
+
+def _event(row: Any) -> Event:
+    return Event(**{each.name: row._mapping[each.name] for each in fields(Event)})
 
 
 def _checked_comparison(record: Record) -> Record:
     comparison_id = record.get("id")
-    if not isinstance(comparison_id, str) or not comparison_id:
-        raise InputError(f"A comparison has the id {comparison_id!r}: a text that is not empty is wanted.")
+    if not isinstance(comparison_id, str) or not comparison_id or len(comparison_id) > 500:
+        raise InputError(f"A comparison has the id {comparison_id!r}: a text of 1 to 500 characters is wanted.")
     answers = record.get("answers")
     if not isinstance(answers, list) or not all(
         isinstance(answer, dict) and isinstance(answer.get("text"), str) for answer in answers
     ):
         raise InputError(f'Comparison {comparison_id}: "answers" must be a list of objects like {{"text": ...}}.')
-    if len(answers) < 2:
-        raise InputError(f"Comparison {comparison_id} has {len(answers)} answers: at least 2 are needed for a pair.")
+    if not 2 <= len(answers) <= MOST_ANSWERS:
+        raise InputError(
+            f"Comparison {comparison_id} has {len(answers)} answers: at least 2 are needed for a pair, and more than "
+            f"{MOST_ANSWERS} nobody can compare."
+        )
     prompt = record.get("prompt")
     if not isinstance(prompt, list) or not all(
         isinstance(turn, dict) and turn.keys() >= {"role", "content"} for turn in prompt
     ):
         raise InputError(f'Comparison {comparison_id}: "prompt" must be a list of {{"role", "content"}} turns.')
+    texts = [answer["text"] for answer in answers] + [str(turn["content"]) for turn in prompt]
+    for text in texts:
+        if len(text) > LONGEST_TEXT:
+            raise InputError(
+                f"Comparison {comparison_id} has a text of {len(text)} characters: at most {LONGEST_TEXT} are wanted."
+            )
+        if "\0" in text:
+            raise InputError(f"Comparison {comparison_id} has a text with the character 0, which no text has.")
     if record.get("split") not in ("train", "test"):
         raise InputError(
             f'Comparison {comparison_id} has the split {record.get("split")!r}: "train" or "test" is wanted.'
         )
+    gold = record.get("gold")
+    numbers = isinstance(gold, list | tuple) and len(gold) == 2 and all(type(i) is int for i in gold)
+    if gold is not None and not (numbers and gold[0] != gold[1] and set(gold) <= set(range(len(answers)))):
+        raise InputError(
+            f"Comparison {comparison_id} has the gold {gold!r}: the indices of the better and the worse answer are "
+            "wanted."
+        )
     return record
-
-
-def _check_judgement(judgement: dict[str, Any], project: Project, pairs: dict[int, tuple[int, int]]) -> None:
-    """`pairs` holds the project's items by number."""
-    for name in ("annotator", "key"):
-        if not isinstance(judgement[name], str) or not judgement[name].strip():
-            raise InputError(f"A label has the {name} {judgement[name]!r}: a text that is not empty is wanted.")
-    value = judgement["value"]
-    if type(value) is not int or not 1 <= value <= 7:
-        raise InputError(
-            f"A label has the value {value!r}: a whole number from 1 (left much better) to 7 (right much better) "
-            "is wanted."
-        )
-    pair = pairs.get(judgement["item_id"])
-    if pair is None:
-        raise InputError(f"Project {project.name} has no item {judgement['item_id']!r}.")
-    left, right = judgement["left"], judgement["right"]
-    if (left, right) not in (pair, pair[::-1]):
-        raise InputError(
-            f"A label of item {judgement['item_id']} shows answers {left!r} and {right!r}: the item's pair is "
-            f"{pair[0]} and {pair[1]}."
-        )
-    seconds = judgement["seconds"]
-    if seconds is not None and not (isinstance(seconds, int | float) and 0 <= seconds < math.inf):
-        raise InputError(f"A label took {seconds!r} seconds: a number of at least 0, or none, is wanted.")

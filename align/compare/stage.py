@@ -23,6 +23,8 @@ from align.logprobs import Pair, answer_logprobs
 from align.ppo.diagnosis import HEALTH
 from align.runs import Run, lineage, versions
 from align.sample import fitting_prompts, gather_prompts, policy_folder, sft_model
+from align.compare.blind import project_name, send_blind_pairs
+from align.label import store_address
 from labeling_ui.panel import HiddenPreference, preferred
 from reward.records import InputError, Record, digest, prompt_text, read_jsonl, write_jsonl
 
@@ -55,6 +57,9 @@ def run_compare(config: Config, run: Run) -> dict[str, Any]:
 
     answers = {name: answers_of(config, run, name, ids, tokenizer) for name in names}
     write_jsonl(run.folder / "answers.jsonl", _rows(prompts, answers))
+    if section.blind_pairs:
+        added = send_blind_pairs(config, prompts, answers)
+        progress.say(f"  {added} blind pairs were added to project {project_name(config)} of {store_address(config)}")
     pairs = {name: [(p, a.ids) for p, a in zip(ids, answers[name], strict=True)] for name in names}
     logprobs, perplexity = measure(config, names, pairs, tokenizer)
     rewards = reward_scores(config, pairs, tokenizer) if "reward" in config.stages else {}

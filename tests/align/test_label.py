@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from align.config import Config
 from align.config_file import load_config
 from align.pipeline import run_stage
 from align.runs import read_info
+from labeling_ui.accounts import Accounts
 from labeling_ui.store import LabelStore
 from reward.records import InputError, assistant_answer, read_jsonl, user_prompt
 
@@ -35,13 +40,14 @@ def store(tmp_path: Path) -> Path:
             for annotator in ("ana", "bo"):
                 value = 4 if item.comparison_id == "c2" else 2
                 key = f"{item.key} {annotator}"
-                labels.record(project, item.id, annotator, left=0, right=1, value=value, key=key)
+                said = {"item_id": item.id, "annotator": annotator, "order": [0, 1], "value": value, "key": key}
+                labels.record(project, said)  # type: ignore[arg-type]
     return path
 
 
 def people(tmp_path: Path, store: Path, *overrides: str) -> Config:
     path = tmp_path / "people.yaml"
-    path.write_text(f"stages: [label, reward]\nruns: {tmp_path / 'runs'}\nlabel: {{source: people, store: {store}}}\n")
+    path.write_text(f"stages: [label, reward]\nruns: {tmp_path / 'runs'}\nlabel: {{source: people, store: {store}, labels: 8, app: {{port: {free_port()}}}}}\n")
     return load_config(path, overrides)
 
 
@@ -65,18 +71,81 @@ def test_a_new_label_is_another_input(tmp_path: Path, store: Path) -> None:
     with LabelStore(store) as labels:
         project = labels.project("people")
         item = labels.items(project)[0]
-        labels.record(project, item.id, "cy", left=1, right=0, value=1, key="late")
+        said = {"item_id": item.id, "annotator": "cy", "order": [1, 0], "value": 1, "key": "late"}
+        labels.record(project, said)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"labels: was 8, is 9"):
         run_stage(config, "label")
     run_stage(config, "label", force=True)
     assert store.is_file()
 
 
-def test_too_few_labels_and_no_database_are_refused(tmp_path: Path, store: Path) -> None:
+def test_too_few_labels_and_nothing_to_label_are_refused(tmp_path: Path, store: Path) -> None:
     with pytest.raises(InputError, match=r"has 8 labels, label\.min_labels wants 100"):
-        run_stage(people(tmp_path, store, "label.min_labels=100"), "label")
-    with pytest.raises(InputError, match="there is no label database at"):
+        run_stage(people(tmp_path, store, "label.min_labels=100", "label.finish=true"), "label")
+    with pytest.raises(InputError, match="has nothing to label: run `align sample` before"):
         run_stage(people(tmp_path, tmp_path / "none.sqlite"), "label")
+
+
+def test_the_stage_waits_for_people_and_goes_on(tmp_path: Path, store: Path) -> None:
+    """It serves the app until the wanted label is in; what a person sends over HTTP ends the waiting."""
+    config = people(tmp_path, store, "label.labels=9")
+    with ThreadPoolExecutor(1) as pool:
+        stage = pool.submit(run_stage, config, "label")
+        with LabelStore(store) as labels:
+            cookie, port = Accounts(labels).local("cy"), config.label.app.port
+        origin = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            try:
+                told = ask(port, "GET", "/api/next?project=people", cookie)
+                break
+            except OSError:
+                time.sleep(0.1)
+        assert not stage.done() and told["progress"]["given"] == 8
+        body = {"project": "people", "lease": told["item"]["lease"], "key": "k", "value": 4}
+        assert ask(port, "POST", "/api/label", cookie, body, origin)["saved"] == "k"
+        run = stage.result(timeout=60)
+    info = read_info(run.folder)
+    assert info is not None and info["summary"]["labels"] == 9
+    assert sum(1 for _ in (run.folder / "labels.csv").open()) == 10
+    with pytest.raises(OSError):
+        ask(port, "GET", "/login", cookie)  # the app ended with the waiting
+    assert run_stage(config, "label").finished  # and a finished stage serves nothing
+
+
+def test_closing_the_project_ends_the_waiting(tmp_path: Path, store: Path) -> None:
+    with LabelStore(store) as labels:
+        labels.close_project(labels.project("people"))
+    info = read_info(run_stage(people(tmp_path, store, "label.labels=100"), "label").folder)
+    assert info is not None and info["summary"]["labels"] == 8
+
+
+def test_the_app_is_not_opened_to_others_in_clear_text(tmp_path: Path, store: Path) -> None:
+    for override, message in (
+        ("label.app.host=0.0.0.0", "clear text"),
+        ("label.app.tls_key=key.pem", "come together"),
+        ("label.app.url=http://label.example.org", None),
+    ):
+        config = people(tmp_path, store, "label.labels=100", override)
+        if message is None:
+            assert config.label.app.url == "http://label.example.org"
+            continue
+        with pytest.raises(InputError, match=message):
+            run_stage(config, "label")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ask(port: int, method: str, path: str, cookie: str, body: Any = None, origin: str | None = None) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    headers = {"Cookie": f"align_session={cookie}"} | ({"Origin": origin} if origin else {})
+    connection.request(method, path, None if body is None else json.dumps(body), headers)
+    found = json.loads(connection.getresponse().read())
+    connection.close()
+    return found
 
 
 def test_simulated_labels_cannot_pass_for_peoples(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_every_item_gets_its_labels_by_different_annotators(store: LabelStore) -
     assert set(Counter(label.item_id for label in labels).values()) == {3}
     assert len({(label.item_id, label.annotator) for label in labels}) == 1080
     # Sides and work are shared out: 1,080 fair draws have a standard deviation of 16.4 around 540.
-    assert abs(sum(label.left < label.right for label in labels) - 540) < 4 * 16.4
+    assert abs(sum(label.body["order"][0] < label.body["order"][1] for label in labels) - 540) < 4 * 16.4
     assert min(Counter(label.annotator for label in labels).values()) > 150
 
 

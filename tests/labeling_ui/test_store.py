@@ -15,20 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
-from labeling_ui.store import SCHEMA_VERSION, Judgement, LabelStore, Project
+from labeling_ui.schema import metadata
+from labeling_ui.store import Judgement, LabelStore, Project, Settings
 from reward.aggregate import Vote, preferences
 from reward.records import InputError, user_prompt
+from tests.labeling_ui.conftest import Clock, Postgres, comparison
 
 
-def comparison(number: int = 0, answers: int = 2, **extra: Any) -> dict[str, Any]:
-    return {
-        "id": f"c{number}",
-        "prompt": user_prompt(f"Question {number}?"),
-        "split": "train",
-        "answers": [{"text": f"Answer {n} to {number}.", "model": "m", "sampling": {}} for n in range(answers)],
-        **extra,
-    }
+def judgement(**changed: Any) -> Judgement:
+    said = {"item_id": 1, "annotator": "ann", "order": [1, 0], "value": 2, "key": "k"}
+    return {**said, **changed}  # type: ignore[typeddict-item]
 
 
 @pytest.fixture
@@ -36,21 +34,10 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "labels.db"
 
 
-@pytest.fixture
-def store(path: Path) -> Iterator[LabelStore]:
-    with LabelStore(path) as store:
-        yield store
-
-
-@pytest.fixture
-def project(store: LabelStore) -> Project:
-    project = store.create_project("helpful", instructions="Choose the more helpful answer.")
-    store.add_items(project, [comparison(0), comparison(1, answers=3)])
-    return project
-
-
-def judgement(**changed: Any) -> Judgement:
-    return {"item_id": 1, "annotator": "ann", "left": 1, "right": 0, "value": 2, "key": "k", **changed}  # type: ignore[typeddict-item]
+def sqlite_file(store: LabelStore) -> Path:
+    if store.database.dialect != "sqlite":
+        pytest.skip("this is about SQLite's files")
+    return Path(store.database.name)
 
 
 # Projects and items
@@ -74,8 +61,10 @@ def test_extra_columns_ride_along(store: LabelStore, project: Project) -> None:
 
 
 def test_import_again_adds_nothing(store: LabelStore, project: Project) -> None:
-    assert store.add_items(project, [comparison(0), comparison(1, 3), comparison(2, 4), comparison(2, 4)]) == (6, 10)
-    assert store.add_items(project, iter([comparison(0), comparison(1, 3), comparison(2, 4)])) == (0, 10)
+    found = store.add_items(project, [comparison(0), comparison(1, 3), comparison(2, 4), comparison(2, 4)])
+    assert (found.added, found.there) == (6, 10)
+    found = store.add_items(project, iter([comparison(0), comparison(1, 3), comparison(2, 4)]))
+    assert (found.added, found.there) == (0, 10)
     assert len(store.items(project)) == 10
 
 
@@ -89,6 +78,11 @@ def test_changed_comparison_is_refused_and_nothing_is_added(store: LabelStore, p
     ("changed", "message"),
     [
         ({"answers": [{"text": "alone"}]}, "c0 has 1 answers: at least 2"),
+        ({"answers": [{"text": "many"}] * 10}, "c0 has 10 answers"),
+        ({"answers": [{"text": "x" * 200_001}, {"text": "b"}]}, "a text of 200001 characters"),
+        ({"answers": [{"text": "a\0b"}, {"text": "b"}]}, "the character 0"),
+        ({"gold": [0, 0]}, r"the gold \[0, 0\]"),
+        ({"gold": [0, 2]}, r"the gold \[0, 2\]"),
         ({"answers": ["bare", "text"]}, 'c0: "answers" must be'),
         ({"prompt": "bare text"}, 'c0: "prompt" must be'),
         ({"split": "validation"}, "c0 has the split 'validation'"),
@@ -103,7 +97,7 @@ def test_malformed_comparison_is_refused(store: LabelStore, changed: dict[str, A
 
 
 def test_project_is_made_once(store: LabelStore, project: Project) -> None:
-    assert store.create_project("helpful", instructions="Choose the more helpful answer.") == project
+    assert store.create_project("helpful") == project
     assert store.project("helpful") == project
     with pytest.raises(InputError, match=r"has no project harmless; it has: helpful\."):
         store.project("harmless")
@@ -117,30 +111,76 @@ def test_simulated_and_human_labels_never_mix(store: LabelStore, project: Projec
         store.create_project("robots")
 
 
-def test_other_instructions_are_refused(store: LabelStore, project: Project) -> None:
-    with pytest.raises(InputError, match="other instructions"):
-        store.create_project(project.name, instructions="Choose the longer answer.")
+def test_guidelines_have_versions_that_labels_name(store: LabelStore, project: Project) -> None:
+    first = store.record(project, judgement())
+    changed = store.create_project(project.name, instructions="Choose the longer answer.")
+    second = store.record(changed, judgement(key="later"))
+    assert (project.guidelines, changed.guidelines) == (1, 2)
+    assert (first.body["guidelines"], second.body["guidelines"]) == (1, 2)
+    assert store.create_project(project.name).instructions == "Choose the longer answer."
+
+
+def test_settings_change_but_not_the_mode(store: LabelStore, project: Project) -> None:
+    wider = store.create_project(project.name, settings=Settings(overlap=3))
+    assert wider.settings.overlap == 3 and store.project(project.name) == wider
+    with pytest.raises(InputError, match="is judged by pairwise, not by ranking"):
+        store.create_project(project.name, settings=Settings(mode="ranking"))
+    store.close_project(project)
+    assert store.closed(project) and store.create_project(project.name, settings=Settings()).settings.closed
+
+
+@pytest.mark.parametrize("wrong", [{"overlap": 0}, {"gold_share": 0.6}, {"lease_seconds": 1}, {"criteria": ("a", "a")}])
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"A project's {next(iter(wrong))}"):
+        Settings(**wrong)
+
+
+def test_a_ranking_project_judges_all_answers_at_once(store: LabelStore) -> None:
+    project = store.create_project("ranked", settings=Settings(mode="ranking"))
+    store.add_items(project, [comparison(1, answers=4)])
+    (item,) = store.items(project)
+    assert (item.key, item.answers) == ("c1:0-1-2-3", (0, 1, 2, 3))
+    ranking = [[2], [0, 3]]
+    said: Judgement = {
+        "item_id": item.id,
+        "annotator": "ann",
+        "key": "k",
+        "order": [3, 2, 1, 0],
+        "value": None,
+        "ranking": ranking,
+    }
+    store.record(project, said)
+    votes = {tuple(payload["pair"]): [vote.value for vote in given] for payload, given in store.votes(project)}
+    # Answer 2 is a rank above 0 and 3, which are equal; of answer 1 nothing is said.
+    assert votes == {(0, 1): [], (0, 2): [5], (0, 3): [4], (1, 2): [], (1, 3): [], (2, 3): [3]}
 
 
 # Labels
 
 
-def test_label_survives_reopening(path: Path) -> None:
-    with LabelStore(path) as store:
+def test_label_survives_reopening(where: str) -> None:
+    with LabelStore(where) as store:
         project = store.create_project("p")
         store.add_items(project, [comparison()])
-        label = store.record(project, 1, "ann", left=1, right=0, value=2, key="k", seconds=3.5, comment="clear")
-    with LabelStore(path) as store:
+        label = store.record(project, judgement(seconds=3.5, comment="clear"))
+    with LabelStore(where) as store:
         assert store.labels(store.project("p")) == [label]
-    assert (label.item_id, label.left, label.right, label.value, label.seconds) == (1, 1, 0, 2, 3.5)
+    body = label.body
+    assert (label.item_id, body["order"], body["value"], body["seconds"], body["comment"]) == (
+        1,
+        [1, 0],
+        2,
+        3.5,
+        "clear",
+    )
     assert label.created.endswith("+00:00")
 
 
 def test_label_turned_to_the_order_of_the_item(store: LabelStore, project: Project) -> None:
-    as_shown = store.record(project, 1, "ann", left=0, right=1, value=2, key="a")
-    swapped = store.record(project, 1, "bob", left=1, right=0, value=2, key="b")
-    assert as_shown.vote() == Vote("ann", 2)
-    assert swapped.vote() == Vote("bob", 6)
+    as_shown = store.record(project, judgement(order=[0, 1]))
+    swapped = store.record(project, judgement(annotator="bob", key="b"))
+    assert as_shown.votes() == [((0, 1), Vote("ann", 2))]
+    assert swapped.votes() == [((0, 1), Vote("bob", 6))]
 
 
 def test_same_key_returns_the_first_label(store: LabelStore, project: Project) -> None:
@@ -149,7 +189,7 @@ def test_same_key_returns_the_first_label(store: LabelStore, project: Project) -
     assert store.count_labels(project) == 1
 
 
-@pytest.mark.parametrize("changed", [{"value": 3}, {"annotator": "bob"}, {"left": 0, "right": 1}, {"comment": "?"}])
+@pytest.mark.parametrize("changed", [{"value": 3}, {"annotator": "bob"}, {"order": [0, 1]}, {"comment": "?"}])
 def test_same_key_with_other_content_is_refused(store: LabelStore, project: Project, changed: dict[str, Any]) -> None:
     store.record_many(project, [judgement()])
     with pytest.raises(InputError, match=f"key k belongs to a label with a different {', '.join(changed)}"):
@@ -173,8 +213,12 @@ def test_keys_belong_to_one_project(store: LabelStore, project: Project) -> None
         ({"value": 3.5}, "value 3.5"),
         ({"value": True}, "value True"),
         ({"item_id": 99}, "has no item 99"),
-        ({"left": 0, "right": 0}, "shows answers 0 and 0: the item's pair is 0 and 1"),
-        ({"left": 2, "right": 0}, "shows answers 2 and 0"),
+        ({"order": [0, 0]}, r"shows answers \[0, 0\]: the item's answers are \[0, 1\]"),
+        ({"order": [2, 0]}, r"shows answers \[2, 0\]"),
+        ({"order": "01"}, "shows answers '01'"),
+        ({"ranking": [[0], [1]]}, "the value 2"),
+        ({"ratings": {"style": {"0": 3}}}, "the ratings"),
+        ({"comment": "a\0b"}, "the character 0"),
         ({"annotator": " "}, "annotator ' '"),
         ({"key": ""}, "key ''"),
         ({"seconds": float("nan")}, "nan seconds"),
@@ -204,7 +248,8 @@ def test_newest_label_of_an_annotator_is_the_vote(store: LabelStore, project: Pr
     )
     (payload, votes), *others = store.votes(project)
     assert payload["comparison_id"] == "c0"
-    assert votes == [Vote("ann", 4), Vote("bob", 6)]
+    assert sorted(votes, key=lambda vote: vote.annotator) == [Vote("ann", 4), Vote("bob", 6)]
+    assert len(store.events(project)) == 3
     assert all(votes == [] for _, votes in others)
     result = preferences(store.votes(project), simulated=project.simulated)
     assert [record["chosen"][0]["content"] for record in result.records] == ["Answer 1 to 0."]
@@ -228,40 +273,86 @@ def test_digest_is_of_what_was_said_and_not_of_where_it_is_stored(
     assert len({empty, one, store.digest(project)}) == 3
 
 
+def test_a_verdict_overrides_the_labels(store: LabelStore, project: Project) -> None:
+    store.record_many(project, [judgement(value=1), judgement(annotator="bob", key="b", value=7)])
+    event = store.adjudicate(project, "c0:0-1", "rev", {"value": 6}, "v")
+    assert store.adjudicate(project, "c0:0-1", "rev", {"value": 6}, "v") == event
+    assert store.votes(project)[0][1] == [Vote("rev (verdict)", 6)]
+    assert store.count_labels(project) == 2 and len(store.labels(project)) == 2
+    store.replay(project)
+    assert store.votes(project)[0][1] == [Vote("rev (verdict)", 6)]
+    with pytest.raises(InputError, match="has no item 'c9:0-1'"):
+        store.adjudicate(project, "c9:0-1", "rev", {"value": 6}, "w")
+    with pytest.raises(InputError, match="the value 8"):
+        store.adjudicate(project, "c0:0-1", "rev", {"value": 8}, "w")
+
+
+def test_a_replay_rebuilds_the_projection(store: LabelStore, project: Project) -> None:
+    store.record_many(
+        project, [judgement(value=1), judgement(annotator="bob", key="b"), judgement(value=4, key="corrected")]
+    )
+    before, digest = store.labels(project), store.digest(project)
+    with store.database.write() as connection:
+        connection.exec_driver_sql("DELETE FROM labels")
+        connection.exec_driver_sql("UPDATE items SET taken = 9, labelled = 3")
+    assert store.labels(project) == []
+    store.replay(project)
+    assert store.labels(project) == before and store.digest(project) == digest
+    assert store.project(project.name) == project
+
+
+def test_the_migrations_make_todays_schema(store: LabelStore) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.runtime.migration import MigrationContext
+
+    with store.database.read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
 # Append-only
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "UPDATE labels SET value = 7",
-        "DELETE FROM labels",
-        "DELETE FROM labels WHERE id = 1",
-        "INSERT OR REPLACE INTO labels SELECT id, project_id, item_id, annotator, left, right, 7, key, 0, '', created "
-        "FROM labels",
-        "INSERT OR REPLACE INTO labels SELECT 99, project_id, item_id, annotator, left, right, 7, key, 0, '', created "
-        "FROM labels",
-        "INSERT INTO labels SELECT * FROM labels WHERE true ON CONFLICT DO UPDATE SET value = 7",
-        "UPDATE comparisons SET payload = '{}'",
-        "DELETE FROM comparisons",
-        "REPLACE INTO comparisons SELECT id, project_id, comparison_id, '{}', digest FROM comparisons",
-    ],
-)
-def test_the_database_refuses_to_change_labels(store: LabelStore, project: Project, path: Path, statement: str) -> None:
-    label = store.record_many(project, [judgement()])
+CHANGES = [
+    "UPDATE events SET kind = 'skip'",
+    "DELETE FROM events",
+    "DELETE FROM events WHERE id = 1",
+    "UPDATE comparisons SET payload = '{}'",
+    "DELETE FROM comparisons",
+]
+COLUMNS = "project_id, item_id, annotator, kind, key, body, created"
+SQLITE_CHANGES = [
+    f"INSERT OR REPLACE INTO events (id, {COLUMNS}) SELECT id, {COLUMNS} FROM events",
+    f"INSERT OR REPLACE INTO events (id, {COLUMNS}) SELECT 99, {COLUMNS} FROM events",
+    f"INSERT INTO events (id, {COLUMNS}) SELECT id, {COLUMNS} FROM events WHERE true "
+    "ON CONFLICT DO UPDATE SET kind = 'skip'",
+    "REPLACE INTO comparisons SELECT id, project_id, comparison_id, '{}', digest FROM comparisons",
+]
+
+
+@pytest.mark.parametrize("statement", [*CHANGES, *SQLITE_CHANGES, "TRUNCATE events CASCADE"])
+def test_the_database_refuses_to_change_what_people_did(store: LabelStore, project: Project, statement: str) -> None:
+    dialect = store.database.dialect
+    if (statement in SQLITE_CHANGES and dialect != "sqlite") or (statement[0] == "T" and dialect == "sqlite"):
+        pytest.skip("of the other database")
+    events = store.record_many(project, [judgement()])
     before = store.digest(project)
-    # A plain connection with SQLite's own defaults: the rule is in the file, not in our settings.
-    with sqlite3.connect(path) as connection, pytest.raises(sqlite3.IntegrityError, match="append-only"):
-        connection.execute(statement)
-    connection.close()
-    assert store.labels(project) == label
+    if dialect == "sqlite":
+        # A plain connection with SQLite's own defaults: the rule is in the file, not in our settings.
+        connection = sqlite3.connect(sqlite_file(store))
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            connection.execute(statement)
+        connection.close()
+    else:
+        with pytest.raises(sa.exc.DBAPIError, match="append-only"), store.database.engine.begin() as connection:
+            connection.exec_driver_sql(statement)
+    assert store.events(project) == events
     assert store.digest(project) == before
 
 
 # Files that cannot be used
 
 
-def refused(path: Path, message: str, **options: Any) -> None:
+def refused(path: Path | str, message: str, **options: Any) -> None:
     with pytest.raises(InputError, match=message):
         LabelStore(path, **options)
 
@@ -272,7 +363,7 @@ def test_not_a_database(path: Path) -> None:
     assert path.read_text() == "name,value\n" * 100
 
 
-@pytest.mark.parametrize("statement", ["CREATE TABLE recipes (name TEXT)", "PRAGMA user_version = 1"])
+@pytest.mark.parametrize("statement", ["CREATE TABLE recipes (name TEXT)", "PRAGMA application_id = 1"])
 def test_database_of_another_program_is_left_alone(path: Path, statement: str) -> None:
     connection = sqlite3.connect(path)
     connection.execute(statement)
@@ -282,12 +373,18 @@ def test_database_of_another_program_is_left_alone(path: Path, statement: str) -
     assert path.read_bytes() == before
 
 
-def test_newer_schema_is_refused_with_both_numbers(path: Path) -> None:
-    LabelStore(path).close()
-    connection = sqlite3.connect(path)
-    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    connection.close()
-    refused(path, f"schema version {SCHEMA_VERSION + 1}, and this program knows versions up to {SCHEMA_VERSION}")
+def test_newer_schema_is_refused_with_both_numbers(where: str) -> None:
+    with LabelStore(where) as store, store.database.write() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    refused(
+        Path(where) if "://" not in where else where, "schema version 9999, and this program knows versions up to 0"
+    )
+
+
+def test_addresses_that_are_none(tmp_path: Path) -> None:
+    refused("mysql://host/name", "mysql databases are not supported")
+    refused("postgresql://", "cannot be reached|is no address|no such database|refuses")
+    refused("://", "is no address of a database")
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -332,7 +429,8 @@ def test_read_only_folder(open_folder: Path) -> None:
     open_folder.chmod(0o755)
 
 
-def test_locked_database(store: LabelStore, project: Project, path: Path) -> None:
+def test_locked_database(store: LabelStore, project: Project) -> None:
+    path = sqlite_file(store)
     with LabelStore(path, busy_seconds=0.05) as impatient:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
@@ -345,8 +443,33 @@ def test_locked_database(store: LabelStore, project: Project, path: Path) -> Non
         assert len(impatient.record_many(project, [judgement()])) == 1
 
 
-def test_damage_that_no_advice_mends_is_not_hidden(store: LabelStore, project: Project, path: Path) -> None:
-    with sqlite3.connect(path) as connection:
+def test_locked_postgresql(postgres: Postgres) -> None:
+    where = postgres.database()
+    with LabelStore(where) as store, LabelStore(where, busy_seconds=0.05) as impatient:
+        project = store.create_project("p")
+        with (
+            store.database.write(),
+            pytest.raises(InputError, match=r"has been locked by another process for 0\.05 seconds"),
+        ):
+            impatient.add_items(project, [comparison()])
+
+
+def test_postgresql_restarted_in_the_middle(postgres: Postgres) -> None:
+    with LabelStore(postgres.database(), busy_seconds=2) as store:
+        project = store.create_project("p")
+        store.add_items(project, [comparison()])
+        label = store.record(project, judgement())
+        postgres.stop()
+        with pytest.raises(InputError, match="cannot be reached|is shutting down"):
+            store.record(project, judgement(key="while it is down"))
+        postgres.start()
+        assert store.labels(project) == [label]
+        store.record(project, judgement(annotator="bob", key="afterwards"))
+        assert store.count_labels(project) == 2
+
+
+def test_damage_that_no_advice_mends_is_not_hidden(store: LabelStore, project: Project) -> None:
+    with sqlite3.connect(sqlite_file(store)) as connection:
         connection.execute("ALTER TABLE labels RENAME TO gone")
     connection.close()
     with pytest.raises(Exception, match="no such table: labels"):
@@ -365,8 +488,9 @@ with LabelStore(path) as store:
     store.add_items(project, [{"id": "c", "prompt": [{"role": "user", "content": "?"}], "split": "train",
                                "answers": [{"text": "a"}, {"text": "b"}]}])
     for n in range(count):
-        label = store.record(project, 1, annotator, left=0, right=1, value=1 + n % 7, key=f"{annotator}-{n}")
-        print(label.key, label.value, flush=True)
+        value = 1 + n % 7
+        said = {"item_id": 1, "annotator": annotator, "order": [0, 1], "value": value, "key": f"{annotator}-{n}"}
+        print(store.record(project, said).key, value, flush=True)
 """
 
 
@@ -387,8 +511,8 @@ def test_no_acknowledged_label_is_lost_to_kill_9(path: Path, acknowledged: int) 
     writer.stdout.close()
 
     with LabelStore(path) as store:
-        labels = store.labels(store.project("p"))
-    stored = [f"{label.key} {label.value}\n" for label in labels]
+        labels = store.events(store.project("p"))
+    stored = [f"{label.key} {label.body['value']}\n" for label in labels]
     whole = [line for line in lines if line.endswith("\n")]
     assert stored[: len(whole)] == whole
     # At most the label in flight is there without having been acknowledged.
@@ -405,7 +529,7 @@ def test_processes_that_create_and_write_together_lose_nothing(path: Path) -> No
         writer.communicate()
     assert [writer.returncode for writer in writers] == [0, 0, 0]
     with LabelStore(path) as store:
-        keys = [label.key for label in store.labels(store.project("p"))]
+        keys = [label.key for label in store.events(store.project("p"))]
     assert sorted(keys) == sorted(f"{who}-{n}" for who in ("ann", "bob", "cat") for n in range(count))
 
 
@@ -441,11 +565,13 @@ def test_threads_share_one_store(store: LabelStore, project: Project) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
-    assert store.count_labels(project) == 8 * 25 + 25
+    assert len(store.events(project)) == 8 * 25 + 25
+    assert store.count_labels(project) == 9
 
 
 def test_the_settings_that_durability_rests_on(store: LabelStore) -> None:
-    with store._read() as connection:
+    sqlite_file(store)
+    with store.database.read() as connection:
         settings = {
             name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
