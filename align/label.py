@@ -84,13 +84,19 @@ def collect(config: Config) -> None:
     with LabelStore(store_address(config)) as store:
         project = _project(config, store)
         _import(config, store, project)
-        wanted = config.label.labels or len([i for i in store.items(project) if i.gold is None]) * _overlap(config)
-        if config.label.finish or store.closed(project) or store.count_labels(project) >= wanted:
+        items = sum(item.gold is None for item in store.items(project))
+        wanted = config.label.labels or items * _overlap(config)
+        if config.label.finish or store.closed(project) or (items and store.count_labels(project) >= wanted):
             return
-        if not wanted:
+        if not items:
             raise InputError(
                 f"project {project.name} in {store.database.name} has nothing to label: run `align sample` before, or "
                 "import comparisons."
+            )
+        if wanted > items * _overlap(config):
+            raise InputError(
+                f"label.labels is {wanted}, but {items} items with label.labels_per_item={_overlap(config)} can get "
+                f"{items * _overlap(config)} labels: ask for fewer, or for more labels an item."
             )
         _serve_until(config, store, project, wanted)
 

@@ -30,6 +30,16 @@ LOCKOUT_FAILURES, LOCKOUT_SECONDS = 5, 300.0
 ADDRESS_FAILURES = 30
 SHORTEST_PASSWORD, LONGEST_PASSWORD = 10, 256
 INVITATION_OVER = "This invitation is used or over: ask for a new one."
+# Built once: every request asks it.
+_BY_COOKIE = (
+    sa.select(ANNOTATOR.c.name, ANNOTATOR.c.role)
+    .join(SESSION, SESSION.c.annotator == ANNOTATOR.c.name)
+    .where(
+        SESSION.c.digest == sa.bindparam("digest"),
+        SESSION.c.expires > sa.bindparam("now"),
+        ANNOTATOR.c.disabled.is_(False),
+    )
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 
 
@@ -162,15 +172,7 @@ class Accounts:
         if not cookie or len(cookie) > 200:
             return None
         with self.store.database.read() as connection:
-            row = connection.execute(
-                sa.select(ANNOTATOR.c.name, ANNOTATOR.c.role)
-                .join(SESSION, SESSION.c.annotator == ANNOTATOR.c.name)
-                .where(
-                    SESSION.c.digest == _digest(cookie),
-                    SESSION.c.expires > self.store.now(),
-                    ANNOTATOR.c.disabled.is_(False),
-                )
-            ).one_or_none()
+            row = connection.execute(_BY_COOKIE, {"digest": _digest(cookie), "now": self.store.now()}).one_or_none()
         return None if row is None else Annotator(row.name, row.role)
 
     def log_out(self, cookie: str) -> None:

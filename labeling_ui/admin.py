@@ -114,12 +114,12 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
         gr.Markdown("# Labels: admin\n[Label](/label/) · progress and agreement are computed when asked for.")
         with gr.Row():
             project = gr.Dropdown(choices=[], label="Project", interactive=True)
-            refresh = gr.Button("Refresh", variant="primary")
+            refresh = gr.Button("Refresh")
         with gr.Tab("Progress"):
-            report = gr.HTML()
+            report = gr.Markdown(latex_delimiters=[])
         with gr.Tab("Disagreements"):
             gr.Markdown("Items on which annotators took different sides, the most contested first.")
-            contested = gr.HTML()
+            contested = gr.Markdown(latex_delimiters=[])
             with gr.Row():
                 judged = gr.Textbox(label="Item")
                 value = gr.Slider(1, 7, value=4, step=1, label="1 first much better · 4 tie · 7 second much better")
@@ -146,9 +146,9 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
             pasted = gr.Textbox(label="Comparisons", lines=8, max_length=5_000_000)
             bring = gr.Button("Import into the selected project")
             brought = gr.Markdown()
-            download = gr.HTML()
+            download = gr.Markdown(latex_delimiters=[])
         with gr.Tab("People"):
-            people = gr.HTML()
+            people = gr.Markdown(latex_delimiters=[])
             with gr.Row():
                 role = gr.Dropdown(["annotator", "reviewer", "admin"], value="annotator", label="Role")
                 invite = gr.Button("Make an invitation link")
@@ -171,8 +171,8 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
             export = f'<p><a href="{link}">Download everything of {_text(chosen)}</a></p>'
             return (
                 gr.update(choices=known, value=chosen),
-                progress_html(store, found),
-                disagreements_html(store, found),
+                block(progress_html(store, found)),
+                block(disagreements_html(store, found)),
                 export,
                 _people(accounts),
             )
@@ -182,7 +182,7 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
             found, reviewer = store.project(name), who(request)
             assert reviewer is not None
             store.adjudicate(found, key.strip(), reviewer.name, {"value": int(value)}, secrets.token_urlsafe(16))
-            return "Decided.", disagreements_html(store, found)
+            return "Decided.", block(disagreements_html(store, found))
 
         @only("admin")
         def save_project(
@@ -257,6 +257,11 @@ def _query(name: str) -> str:
     return quote(name, safe="")
 
 
+def block(text: str) -> str:
+    """HTML as one block of Markdown, which ends at an empty line."""
+    return text.replace("\n", "&#10;")
+
+
 def table(head: list[str], rows: list[list[Any]]) -> str:
     """An HTML table of texts."""
     cells = "".join(f"<th scope='col'>{_text(each)}</th>" for each in head)
@@ -275,7 +280,7 @@ def progress_html(store: LabelStore, project: Project) -> str:
         ("Fleiss' kappa, which answer won", found.fleiss),
     ]
     headline = [[name, _figure(each), each.words()] for name, each in measures]
-    parts.append("<h3>Agreement</h3>" + table(["measure", "value (95 %)", "in words"], headline))
+    parts.append("<h2>Agreement</h2>" + table(["measure", "value (95 %)", "in words"], headline))
     trusted = {each.annotator: f"{each.right:.0%}" for each in quality.reliability(store, project)}
     rows = [
         [
@@ -293,12 +298,12 @@ def progress_html(store: LabelStore, project: Project) -> str:
         for each in found.annotators
     ]
     head = ["annotator", "labels", "skips", "flags", "time an item", "ties", "left won", "gold right", "gold test"]
-    parts.append("<h3>Annotators</h3>" + table([*head, "reliability"], rows))
+    parts.append("<h2>Annotators</h2>" + table([*head, "reliability"], rows))
     if found.cohen:
         pairs = [
             [f"{a} and {b}", "–" if math.isnan(value) else f"{value:.2f}"] for (a, b), value in found.cohen.items()
         ]
-        parts.append("<h3>Two by two</h3>" + table(["annotators", "Cohen's kappa, quadratic weights"], pairs))
+        parts.append("<h2>Two by two</h2>" + table(["annotators", "Cohen's kappa, quadratic weights"], pairs))
     return "".join(parts)
 
 
@@ -317,8 +322,8 @@ def disagreements_html(store: LabelStore, project: Project, most: int = 50) -> s
         comments = " · ".join(f"{o.annotator}: {o.comment}" for o in each.opinions if o.comment)
         parts.append(
             f"<details><summary>{_text(each.key)} — {_text(said)}</summary>"
-            f"<p>{_text(comments)}</p><h4>Prompt</h4>{answer_html(prompt_text(item.payload['prompt']))}"
-            f"<h4>First</h4>{answer_html(texts[each.pair[0]])}<h4>Second</h4>{answer_html(texts[each.pair[1]])}</details>"
+            f"<p>{_text(comments)}</p><h3>Prompt</h3>{answer_html(prompt_text(item.payload['prompt']))}"
+            f"<h3>First</h3>{answer_html(texts[each.pair[0]])}<h3>Second</h3>{answer_html(texts[each.pair[1]])}</details>"
         )
     return "".join(parts) or "<p>None.</p>"
 
@@ -336,4 +341,4 @@ def export_all(store: LabelStore, project: Project, folder: Path) -> None:
 
 def _people(accounts: Accounts) -> str:
     rows = [[p["name"], p["role"], "shut out" if p["disabled"] else "", p["created"]] for p in accounts.annotators()]
-    return table(["name", "role", "", "since"], rows)
+    return block(table(["name", "role", "", "since"], rows))

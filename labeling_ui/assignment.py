@@ -18,7 +18,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from labeling_ui.schema import CURSOR, EVENT, ITEM, LABEL, LEASE, PROJECT
+from labeling_ui import statements as st
+from labeling_ui.schema import EVENT, LABEL, LEASE
 from labeling_ui.store import (
     Event,
     Item,
@@ -85,7 +86,9 @@ class Assigner:
     def next(self, annotator: str) -> Lease | None:
         """The item the annotator holds, or one lent now; None: there is none left for them."""
         with self.store.database.write() as connection:
-            return self._next(connection, annotator, self.store.now())
+            now = self.store.now()
+            self._expire(connection, now)
+            return self._next(connection, annotator, now)
 
     def label(self, annotator: str, token: str, key: str, said: Mapping[str, Any]) -> tuple[Event, Lease | None]:
         """Store the label of a lent item, and lend the next one, in one transaction.
@@ -156,7 +159,7 @@ class Assigner:
             if row.state != "live":
                 raise Refused("lost", "This item was kept for you too long without a sign and went to others.")
             expires = min(now + self.project.settings.lease_seconds, row.issued + LONGEST_LEASE)
-            connection.execute(sa.update(LEASE).where(LEASE.c.token == token).values(expires=expires))
+            connection.execute(st.SET_EXPIRY, {"t": token, "until": expires})
             return expires
 
     def release(self, annotator: str) -> None:
@@ -166,12 +169,8 @@ class Assigner:
 
     def progress(self, annotator: str) -> Progress:
         """How far the annotator, and the project, have come; skips do not count, nor, for the project, gold items."""
-        mine = sa.select(sa.func.count()).where(
-            LABEL.c.project_id == self.project.id, LABEL.c.annotator == annotator, LABEL.c.kind == "label"
-        )
-        counted = sa.select(PROJECT.c.label_count, PROJECT.c.item_count, mine.scalar_subquery())
         with self.store.database.read() as connection:
-            given, items, own = connection.execute(counted.where(PROJECT.c.id == self.project.id)).one()
+            given, items, own = connection.execute(st.PROGRESS, {"p": self.project.id, "a": annotator}).one()
         return Progress(own, given, items * self.project.settings.overlap)
 
     # -- within a transaction -------------------------------------------------------------------------------------
@@ -199,18 +198,19 @@ class Assigner:
                 "lease": token,
                 "arm": row.arm,
             }
-            connection.execute(sa.update(LEASE).where(LEASE.c.token == token).values(state="labelled"))
+            connection.execute(st.SET_STATE, {"t": token, "s": "labelled"})
             event = append(connection, self.project, event_row(self.project, item.id, annotator, kind, key, body, now))
             recount(connection, self.project, item.id)
-            return event, self._next(connection, annotator, now)
+            # Whoever answers what they hold, in the ordinary course, holds nothing else and has taken nothing back.
+            ordinary = row.state == "live" and row.arm != "undo"
+            return event, self._lent(connection, annotator, now) if ordinary else self._next(connection, annotator, now)
 
     def _may_answer(self, connection: sa.Connection, annotator: str, row: Any, item: Item) -> None:
         if row.state == "live":
             return
         if row.state == "labelled":
             raise Refused("answered", "You have answered this item already; take the answer back to change it.")
-        where = (LABEL.c.item_id == item.id) & (LABEL.c.annotator == annotator)
-        if connection.execute(sa.select(LABEL.c.event_id).where(where)).one_or_none() is not None:
+        if connection.execute(st.LABEL_BY, {"i": item.id, "a": annotator}).one_or_none() is not None:
             raise Refused("answered", "You have answered this item already; take the answer back to change it.")
         held = (LEASE.c.item_id == item.id) & (LEASE.c.annotator == annotator) & (LEASE.c.state == "live")
         mine = connection.execute(sa.select(sa.func.count()).select_from(LEASE).where(held)).scalar_one()
@@ -223,44 +223,42 @@ class Assigner:
         connection.execute(sa.update(LEASE).where(held).values(state="given up"))
 
     def _lease_row(self, connection: sa.Connection, annotator: str, token: str) -> Any:
-        where = (LEASE.c.token == token) & (LEASE.c.project_id == self.project.id) & (LEASE.c.annotator == annotator)
-        row = connection.execute(sa.select(LEASE).where(where)).one_or_none() if isinstance(token, str) else None
+        known = {"t": token, "p": self.project.id, "a": annotator}
+        row = connection.execute(st.LEASE_BY_TOKEN, known).one_or_none()
         if row is None:
             raise Refused("stranger", "This item is not lent to you: load the page again.")
         return row
 
     def _expire(self, connection: sa.Connection, now: float) -> None:
-        over = (LEASE.c.state == "live") & (LEASE.c.expires <= now) & (LEASE.c.project_id == self.project.id)
-        rows = connection.execute(sa.select(LEASE.c.token, LEASE.c.item_id).where(over)).all()
-        for token, item_id in rows:
-            connection.execute(sa.update(LEASE).where(LEASE.c.token == token).values(state="expired"))
+        for token, item_id in connection.execute(st.OVERDUE, {"now": now, "p": self.project.id}).all():
+            connection.execute(st.SET_STATE, {"t": token, "s": "expired"})
             recount(connection, self.project, item_id)
 
     def _give_up(self, connection: sa.Connection, annotator: str) -> None:
-        mine = (LEASE.c.project_id == self.project.id) & (LEASE.c.annotator == annotator) & (LEASE.c.state == "live")
-        items = connection.execute(sa.select(LEASE.c.item_id).where(mine)).scalars().all()
-        connection.execute(sa.update(LEASE).where(mine).values(state="given up"))
-        for item_id in items:
-            recount(connection, self.project, item_id)
+        for row in connection.execute(st.HELD, {"p": self.project.id, "a": annotator}).all():
+            connection.execute(st.SET_STATE, {"t": row.token, "s": "given up"})
+            recount(connection, self.project, row.item_id)
 
     def _held(self, connection: sa.Connection, annotator: str, now: float) -> Lease | None:
-        mine = (LEASE.c.project_id == self.project.id) & (LEASE.c.annotator == annotator) & (LEASE.c.state == "live")
-        row = connection.execute(sa.select(LEASE).where(mine).order_by(LEASE.c.issued.desc()).limit(1)).one_or_none()
+        row = connection.execute(st.HELD, {"p": self.project.id, "a": annotator}).first()
         if row is None:
             return None
         expires = min(now + self.project.settings.lease_seconds, row.issued + LONGEST_LEASE)
-        connection.execute(sa.update(LEASE).where(LEASE.c.token == row.token).values(expires=expires))
+        connection.execute(st.SET_EXPIRY, {"t": row.token, "until": expires})
         item = read_item(connection, self.project, row.item_id)
         return self._lease(connection, row.token, item, annotator, tuple(row.order), row.arm, expires, row.undone)
 
     def _next(self, connection: sa.Connection, annotator: str, now: float) -> Lease | None:
-        self._expire(connection, now)
         if held := self._held(connection, annotator, now):
             return held
+        if not self.project.settings.closed and (again := self._undone(connection, annotator, now)):
+            return again
+        return self._lent(connection, annotator, now)
+
+    def _lent(self, connection: sa.Connection, annotator: str, now: float) -> Lease | None:
+        """An item lent now."""
         if self.project.settings.closed:
             return None
-        if again := self._undone(connection, annotator, now):
-            return again
         token = secrets.token_urlsafe(16)
         drawn = Random(f"arm {token}")
         arms = ["policy", "random"]
@@ -278,65 +276,34 @@ class Assigner:
 
     def _undone(self, connection: sa.Connection, annotator: str, now: float) -> Lease | None:
         """What the annotator took back and did not judge again comes first, the last taken back last."""
-        again = LEASE.alias()
-        rows = connection.execute(
-            sa.select(LEASE)
-            .join(ITEM, ITEM.c.id == LEASE.c.item_id)
-            .where(
-                LEASE.c.project_id == self.project.id,
-                LEASE.c.annotator == annotator,
-                LEASE.c.state == "given up",
-                LEASE.c.undone.is_not(None),
-                sa.or_(ITEM.c.full.is_(False), ITEM.c.gold.is_not(None)),
-                ~sa.exists().where(LABEL.c.item_id == LEASE.c.item_id, LABEL.c.annotator == annotator),
-                ~sa.exists().where(
-                    again.c.item_id == LEASE.c.item_id,
-                    again.c.annotator == annotator,
-                    again.c.undone > LEASE.c.undone,
-                ),
-            )
-            .order_by(LEASE.c.undone.desc())
-            .limit(1)
-        ).one_or_none()
-        if rows is None:
+        row = connection.execute(st.UNDONE, {"p": self.project.id, "a": annotator}).one_or_none()
+        if row is None:
             return None
-        item = read_item(connection, self.project, rows.item_id)
-        return self._lend(connection, annotator, item, "undo", now, tuple(rows.order), rows.undone)
+        item = read_item(connection, self.project, row.item_id)
+        return self._lend(connection, annotator, item, "undo", now, tuple(row.order), row.undone)
 
     def _gold(self, connection: sa.Connection, annotator: str) -> int | None:
-        query = sa.select(ITEM.c.id).where(ITEM.c.project_id == self.project.id, ITEM.c.gold.is_not(None))
-        query = query.where(~_seen(annotator)).order_by(sa.func.random()).limit(1)
-        return connection.execute(query).scalar_one_or_none()
+        return connection.execute(st.GOLD, {"p": self.project.id, "a": annotator}).scalar_one_or_none()
 
     def _pick(self, connection: sa.Connection, annotator: str, arm: str) -> int | None:
         """The first open item after the annotator's place in the order; once round, from the start."""
         policy = self.project.settings.policy if arm == "policy" else "random"
-        leading = {"random": None, "least": ITEM.c.taken, "active": ITEM.c.priority}[policy]
-        order = [ITEM.c.shuffle] if leading is None else [leading, ITEM.c.shuffle]
-        columns = [leading if leading is not None else sa.literal(0.0), ITEM.c.shuffle]
-        key = {"project_id": self.project.id, "annotator": annotator, "arm": policy}
-        mine = sa.and_(*(CURSOR.c[name] == value for name, value in key.items()))
-        place = connection.execute(sa.select(CURSOR.c.first, CURSOR.c.second).where(mine)).one_or_none()
-        open_items = (
-            sa.select(ITEM.c.id, *columns)
-            .where(ITEM.c.project_id == self.project.id, ITEM.c.full.is_(False), ~_seen(annotator))
-            .order_by(*order)
-            .limit(1)
-        )
+        who = {"p": self.project.id, "a": annotator}
+        place = connection.execute(st.PLACE, who | {"policy": policy}).one_or_none()
         found = None
         if place is not None:
-            after = ITEM.c.shuffle > place.second
-            if leading is not None:
-                after = sa.tuple_(leading, ITEM.c.shuffle) > sa.tuple_(
-                    sa.literal(place.first), sa.literal(place.second)
-                )
-            found = connection.execute(open_items.where(after)).one_or_none()
+            after = {"second": place.second} if policy == "random" else {"first": place.first, "second": place.second}
+            found = connection.execute(st.NEXT_OPEN[policy], who | after).one_or_none()
         if found is None:
-            found = connection.execute(open_items).one_or_none()
+            found = connection.execute(st.FIRST_OPEN[policy], who).one_or_none()
         if found is None:
             return None
-        connection.execute(sa.delete(CURSOR).where(mine))
-        connection.execute(sa.insert(CURSOR).values(**key, first=float(found[1]), second=found[2]))
+        first, second = float(found[1]), found[2]
+        if place is not None:
+            connection.execute(st.SET_PLACE, who | {"policy": policy, "f": first, "s": second})
+        else:
+            row = {"project_id": self.project.id, "annotator": annotator, "arm": policy}
+            connection.execute(st.ADD_PLACE, row | {"first": first, "second": second})
         return int(found[0])
 
     def _lend(
@@ -354,20 +321,19 @@ class Assigner:
         if order is None:
             order = tuple(Random(f"order {token}").sample(item.answers, len(item.answers)))
         expires = now + self.project.settings.lease_seconds
-        connection.execute(
-            sa.insert(LEASE).values(
-                token=token,
-                project_id=self.project.id,
-                item_id=item.id,
-                annotator=annotator,
-                order=list(order),
-                arm=arm,
-                issued=now,
-                expires=expires,
-                state="live",
-                undone=undone,
-            )
-        )
+        row = {
+            "token": token,
+            "project_id": self.project.id,
+            "item_id": item.id,
+            "annotator": annotator,
+            "order": list(order),
+            "arm": arm,
+            "issued": now,
+            "expires": expires,
+            "state": "live",
+            "undone": undone,
+        }
+        connection.execute(st.ADD_LEASE, row)
         recount(connection, self.project, item.id)
         return self._lease(connection, token, item, annotator, order, arm, expires, undone)
 
@@ -388,10 +354,6 @@ class Assigner:
             said = event_of_key(connection, self.project, undo["undoes"])
             before = None if said is None else {**said.body, "kind": said.kind}
         return Lease(token, item, annotator, order, arm, expires, before)
-
-
-def _seen(annotator: str) -> Any:
-    return sa.exists().where(LABEL.c.item_id == ITEM.c.id, LABEL.c.annotator == annotator)
 
 
 def _fields(event: Event) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def read_comparisons(
     said += f"read as {form} ({container})"
     if repeated:
         said += f"; {repeated} repeated rows left out"
-    if unused := set().union(*(row for _, row in rows)) & (_TAKEN if convert is _from_own else _LEFT_OUT):
+    left_out = _TAKEN if convert is _from_own else _LEFT_OUT
+    if unused := {column for _, row in rows for column in row if column in left_out}:
         said += f"; not used: {', '.join(sorted(unused))}"
     return records, f"{said}."
 
@@ -236,8 +237,9 @@ def _format(where: str, row: Record) -> tuple[str, Convert]:
     if _prompt_column(row) and (columns := _answer_columns(row)):
         return f"columns {_prompt_column(row)}, {', '.join(columns)}", _from_columns
     raise InputError(
-        f"{where}: the format cannot be told from the columns {_names(row)}: wanted are prompt, answer_1, answer_2, ...; "
-        "or prompt, chosen, rejected; or id, prompt, answers; or an export of Argilla (fields) or Label Studio (data)."
+        f"{where}: the format cannot be told from the columns {_names(row)}: wanted are prompt, answer_1, answer_2, "
+        "...; or prompt, chosen, rejected; or id, prompt, answers; or an export of Argilla (fields) or Label Studio "
+        "(data)."
     )
 
 
@@ -298,7 +300,8 @@ def _from_columns(where: str, row: Record) -> Record:
             continue
         if not isinstance(text, str):
             raise InputError(f"{where}: `{column}` is {_short(text)}, but text is wanted.")
-        answers.append({"text": text} | {"model": row[name] for name in models if row[name] not in (None, "")})
+        model = next((row[name] for name in models if row[name] not in (None, "")), None)
+        answers.append({"text": text} if model is None else {"text": text, "model": model})
     if not answers:
         raise InputError(
             f"{where}: no answer among the columns {_names(row)}: wanted are answer_1, answer_2, ..., or response1, ..."
@@ -313,7 +316,7 @@ def _answer_columns(row: Record) -> dict[str, str]:
         if match := _ANSWER.fullmatch(column):
             sets.setdefault((match[1] or "").lower(), []).append((match[2].lower(), column))
     largest = max(sets.values(), key=len, default=[])
-    return {column: mark for mark, column in sorted(largest, key=lambda each: (len(each[0]), each))}
+    return {column: mark for mark, column in sorted(largest)}
 
 
 def _riders(row: Record, used: set[str]) -> Record:
@@ -345,8 +348,8 @@ def _conversation(where: str, column: str, value: Any) -> list[Message]:
     )
     if not fine or not value:
         raise InputError(
-            f"{where}: `{column}` is {_short(value)}, but text is wanted, or a list of turns {{role, content}} with the "
-            f"roles {', '.join(ROLES)}."
+            f"{where}: `{column}` is {_short(value)}, but text is wanted, or a list of turns {{role, content}} with "
+            f"the roles {', '.join(ROLES)}."
         )
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
@@ -366,8 +369,8 @@ def _completion(where: str, row: Record, side: str, prompt: list[Message]) -> st
     if turns[-1]["role"] != "assistant" or turns[:-1] not in ([], prompt):
         roles = ", ".join(turn["role"] for turn in turns)
         raise InputError(
-            f"{where}: `{side}` should be one assistant turn, alone or after the turns of the prompt, but its turns are: "
-            f"{roles}."
+            f"{where}: `{side}` should be one assistant turn, alone or after the turns of the prompt, but its turns "
+            f"are: {roles}."
         )
     return turns[-1]["content"]
 
@@ -382,8 +385,8 @@ def _dialogue(where: str, row: Record, side: str) -> list[Message]:
         before, *parts = _TURN.split(value)
         if before.strip() or len(parts) < 4:
             raise InputError(
-                f"{where}: `{side}` is text without a prompt: wanted are a column prompt beside it, or turns that begin "
-                "with Human: and Assistant:."
+                f"{where}: `{side}` is text without a prompt: wanted are a column prompt beside it, or turns that "
+                "begin with Human: and Assistant:."
             )
         named = zip(parts[::2], parts[1::2], strict=True)
         turns = [{"role": "user" if who == "Human" else "assistant", "content": text.strip()} for who, text in named]
@@ -398,8 +401,8 @@ def _finished(record: Record, where: str, test_share: float) -> Record:
     count = len(record["answers"])
     if not 2 <= count <= MOST_ANSWERS:
         raise InputError(
-            f"{where}: {count} answers, but at least 2 are needed for a choice, and more than {MOST_ANSWERS} nobody can "
-            "compare."
+            f"{where}: {count} answers, but at least 2 are needed for a choice, and more than {MOST_ANSWERS} nobody "
+            "can compare."
         )
     number, split = record.pop("id", None), record.pop("split", None)
     if split in (None, ""):
@@ -428,10 +431,8 @@ def _short(value: Any) -> str:
 def export_preferences(store: LabelStore, project: Project, folder: str | Path) -> Preferences:
     """Write preferences.jsonl and ties.jsonl, as `reward.aggregate.preferences` makes them; TRL reads the first."""
     found = preferences(store.votes(project), simulated=project.simulated)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "preferences.jsonl", found.records)
-    write_jsonl(folder / "ties.jsonl", found.ties)
+    write_jsonl(_place(Path(folder) / "preferences.jsonl"), found.records)
+    write_jsonl(_place(Path(folder) / "ties.jsonl"), found.ties)
     return found
 
 
@@ -460,7 +461,7 @@ def export_rankings(store: LabelStore, project: Project, path: str | Path) -> in
         for item in sorted(store.items(project), key=lambda item: item.comparison_id)
         if item.gold is None and item.id in given
     ]
-    write_jsonl(path, rows)
+    write_jsonl(_place(path), rows)
     return len(rows)
 
 
@@ -480,7 +481,7 @@ def export_kto(store: LabelStore, project: Project, path: str | Path) -> int:
             if rows.setdefault(key, row)["label"] != row["label"]:
                 mixed.add(key)
     kept = [row for key, row in rows.items() if key not in mixed]
-    write_jsonl(path, kept)
+    write_jsonl(_place(path), kept)
     return len(kept)
 
 
@@ -501,8 +502,14 @@ def export_demonstrations(store: LabelStore, project: Project, path: str | Path)
         }
         for label in labels
     ]
-    write_jsonl(path, rows)
+    write_jsonl(_place(path), rows)
     return len(rows)
+
+
+def _place(path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _origin(project: Project, item: Item) -> Record:
@@ -538,7 +545,7 @@ def export_labels_csv(store: LabelStore, project: Project, path: str | Path) -> 
             "created": label.created,
         }
         table.writerow([_cell(row[column]) for column in COLUMNS])
-    write_atomically(Path(path), out.getvalue())
+    write_atomically(_place(path), out.getvalue())
     return len(labels)
 
 
@@ -586,7 +593,7 @@ def export_store(store: LabelStore, project: Project, path: str | Path) -> None:
         )
         events = [dict(each._mapping) for each in connection.execute(done)]
     write_jsonl(
-        path, [header, *({"comparison": record} for record in records), *({"event": event} for event in events)]
+        _place(path), [header, *({"comparison": record} for record in records), *({"event": event} for event in events)]
     )
 
 
@@ -645,23 +652,22 @@ def _restored_project(store: LabelStore, header: Record) -> Project:
             number = connection.execute(sa.insert(PROJECT).values(values).returning(PROJECT.c.id)).scalar_one()
         elif (row.simulated, row.settings["mode"]) != (header["simulated"], header["settings"]["mode"]):
             raise InputError(
-                f"Project {name} is there already with another mode, or with labels by people where these are simulated "
-                "or the other way round: import into another store."
+                f"Project {name} is there already with another mode, or with labels by people where these are "
+                "simulated or the other way round: import into another store."
             )
         else:
             number = row.id
         query = sa.select(GUIDELINE).where(GUIDELINE.c.project_id == number)
         known = {each.version: each.text for each in connection.execute(query)}
         for guideline in header["guidelines"]:
-            if known.setdefault(guideline["version"], guideline["text"]) != guideline["text"]:
+            added = {column: guideline[column] for column in ("version", "text", "created")}
+            if added["version"] not in known:
+                connection.execute(sa.insert(GUIDELINE).values(added | {"project_id": number}))
+            elif known[added["version"]] != added["text"]:
                 raise InputError(
-                    f"Project {name} is there already with another text as version {guideline['version']} of its "
+                    f"Project {name} is there already with another text as version {added['version']} of its "
                     "guidelines: import into another store."
                 )
-        before = connection.execute(sa.select(GUIDELINE.c.version).where(GUIDELINE.c.project_id == number)).scalars()
-        if fresh := sorted(known.keys() - set(before)):
-            added = {each["version"]: each for each in header["guidelines"]}
-            connection.execute(sa.insert(GUIDELINE), [added[version] | {"project_id": number} for version in fresh])
     return store.project(name)
 
 
@@ -680,6 +686,7 @@ def _read_export(path: str | Path) -> tuple[Record, list[Record], list[Record]]:
             "program."
         )
     records: list[Record] = []
+    names: set[str] = set()
     items: dict[str, Item] = {}
     events: dict[str, Record] = {}
     for number, line in lines:
@@ -688,6 +695,9 @@ def _read_export(path: str | Path) -> tuple[Record, list[Record], list[Record]]:
                 project = _header_project(header)
             elif isinstance(record := line.get("comparison"), dict):
                 records.append(_checked_comparison(record))
+                if record["id"] in names:
+                    raise InputError(f"The comparison {record['id']} is there twice.")
+                names.add(record["id"])
                 items.update(_items(project, record))
             elif isinstance(event := line.get("event"), dict):
                 _check_event(project, items, events, event)

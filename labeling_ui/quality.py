@@ -6,6 +6,8 @@ are easier than the rest.
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -17,6 +19,7 @@ from reward.aggregate import TIE, Vote
 
 # An item and two of its answers, the lower index first.
 PairOfItem = tuple[int, tuple[int, int]]
+ROUNDS_OF_EM = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ def quality(store: LabelStore, project: Project, rounds: int = 1000) -> Quality:
     Args:
         rounds: of the bootstrap behind the intervals.
     """
-    events, items = _counting(store, project), _items(store, project)
+    items = _items(store, project)
+    events = [event for event in _counting(store, project) if event.kind != "verdict"]
     normal = [event for event in events if items[event.item_id].gold is None]
     votes = _votes(normal)
     values = [{vote.annotator: vote.value for vote in each} for each in votes.values()]
@@ -123,11 +127,17 @@ def quality(store: LabelStore, project: Project, rounds: int = 1000) -> Quality:
 
 
 def disagreements(store: LabelStore, project: Project) -> list[Disagreement]:
-    """Where annotators took different sides, for someone to decide: evenly split first, then the strongest words."""
+    """Where annotators took different sides, for a reviewer to decide: evenly split first, then the strongest words.
+
+    What a reviewer has decided is left out.
+    """
     events, items = _counting(store, project), _items(store, project)
     comments = {(event.item_id, event.annotator): event.body.get("comment") for event in events}
+    done = {event.item_id for event in events if event.kind == "verdict"}
     found = []
-    for (item_id, pair), votes in _votes(event for event in events if items[event.item_id].gold is None).items():
+    for (item_id, pair), votes in _votes(events).items():
+        if item_id in done or items[item_id].gold is not None:
+            continue
         smaller = min(sum(vote.value < TIE for vote in votes), sum(vote.value > TIE for vote in votes))
         if smaller:
             opinions = tuple(Opinion(v.annotator, v.value, comments[item_id, v.annotator]) for v in votes)
@@ -154,19 +164,21 @@ def reliability(store: LabelStore, project: Project) -> list[Reliability]:
     import pandas as pd
     from crowdkit.aggregation import DawidSkene
 
-    model = DawidSkene(n_iter=1000, tol=1e-9).fit(pd.DataFrame(rows, columns=["task", "worker", "label"]))
-    found = []
-    for name in sorted({name for _, name, _ in rows}):
-        errors = model.errors_.loc[name]  # rows: said; columns: true
-        right = sum(
-            float(share) * float(errors.at[side, side]) for side, share in model.priors_.items() if side in errors.index
-        )
-        found.append(Reliability(name, right, sum(row[1] == name for row in rows)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls pandas in ways that pandas 4 will not know
+        model = DawidSkene(n_iter=ROUNDS_OF_EM, tol=1e-9).fit(pd.DataFrame(rows, columns=["task", "worker", "label"]))
+    assert model.priors_ is not None and model.errors_ is not None
+    shares = {side: float(share) for side, share in model.priors_.items()}
+    errors = model.errors_.to_dict("index")  # (annotator, what they said) to {what was true: probability}
+    found = [
+        Reliability(name, sum(p * errors[name, side][side] for side, p in shares.items() if (name, side) in errors), n)
+        for name, n in Counter(name for _, name, _ in rows).items()
+    ]
     return sorted(found, key=lambda each: (each.right, each.annotator))
 
 
 def _counting(store: LabelStore, project: Project) -> list[Event]:
-    """The labels and skips that count, in order: the same rule as the store's projection, from one reading."""
+    """The labels, skips and verdicts that count, in order: the rule of the store's projection, from one reading."""
     stacks: dict[tuple[int, str], list[Event]] = {}
     for event in store.events(project):
         fold(stacks.setdefault((event.item_id, event.annotator), []), event)
@@ -178,9 +190,10 @@ def _items(store: LabelStore, project: Project) -> dict[int, Item]:
 
 
 def _votes(events: Iterable[Event]) -> dict[PairOfItem, list[Vote]]:
+    """What annotators said, not reviewers."""
     found: dict[PairOfItem, list[Vote]] = {}
     for event in events:
-        for pair, vote in event.votes():
+        for pair, vote in event.votes() if event.kind == "label" else []:
             found.setdefault((event.item_id, pair), []).append(vote)
     return found
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, NotRequired, Self, TypedDict
 
 import sqlalchemy as sa
 
+from labeling_ui import statements as st
 from labeling_ui.database import Database, now_text, value_rows
 from labeling_ui.schema import COMPARISON, EVENT, GUIDELINE, ITEM, LABEL, LEASE, PROJECT
 from reward.aggregate import Vote
@@ -140,8 +141,11 @@ SAID = ("order", "value", "ranking", "ratings", "seconds", "comment", "flag", "r
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something a person did: `kind` is label, skip, undo or verdict (of a reviewer, which overrides all labels); `body` what they said, in what order it was shown, the
-    sha256 of the text shown, the version of the guidelines, and the lease they held."""
+    """Something a person did: `kind` is label, skip, undo, or verdict (of a reviewer, which overrides all labels).
+
+    `body` is what they said, in what order it was shown, the sha256 of the text shown, the version of the guidelines,
+    and the lease they held.
+    """
 
     id: int
     item_id: int
@@ -255,7 +259,8 @@ class LabelStore:
         if settings is not None:
             if row.settings["mode"] != settings.mode:
                 raise InputError(
-                    f"Project {row.name} is judged by {row.settings['mode']}, not by {settings.mode}: use a new project."
+                    f"Project {row.name} is judged by {row.settings['mode']}, not by {settings.mode}: use a new "
+                    "project."
                 )
             changed = asdict(settings) | {"criteria": list(settings.criteria), "closed": row.settings["closed"]}
             if changed != row.settings:
@@ -565,12 +570,11 @@ def fold(stack: list[Event], event: Event) -> None:
 
 def append(connection: sa.Connection, project: Project, row: dict[str, Any]) -> Event:
     """Append one event and let it count."""
-    number = connection.execute(sa.insert(EVENT).values(row).returning(EVENT.c.id)).scalar_one()
+    number = connection.execute(st.ADD_EVENT, row).scalar_one()
     event = Event(id=number, **{name: value for name, value in row.items() if name != "project_id"})
     if event.kind == "undo":
         stack: list[Event] = []
-        where = (EVENT.c.item_id == event.item_id) & (EVENT.c.annotator == event.annotator)
-        for before in connection.execute(sa.select(EVENT).where(where).order_by(EVENT.c.id)):
+        for before in connection.execute(st.EVENTS_ON_ITEM, {"i": event.item_id, "a": event.annotator}):
             fold(stack, _event(before))
         set_label(connection, project, event.item_id, event.annotator, stack[-1] if stack else None)
     else:
@@ -579,38 +583,34 @@ def append(connection: sa.Connection, project: Project, row: dict[str, Any]) -> 
 
 
 def set_label(connection: sa.Connection, project: Project, item_id: int, annotator: str, event: Event | None) -> None:
-    where = (LABEL.c.item_id == item_id) & (LABEL.c.annotator == annotator)
-    connection.execute(sa.delete(LABEL).where(where))
+    connection.execute(st.DROP_LABEL, {"i": item_id, "a": annotator})
     if event is not None:
         row = {"item_id": item_id, "annotator": annotator, "project_id": project.id}
-        connection.execute(sa.insert(LABEL).values(row | {"event_id": event.id, "kind": event.kind}))
+        connection.execute(st.ADD_LABEL, row | {"event_id": event.id, "kind": event.kind})
 
 
 def recount(connection: sa.Connection, project: Project, item_id: int) -> int:
     """How much of an item's cap is taken: labels that count and leases that live, never both of one annotator."""
-    labels = sa.select(sa.func.count()).where(LABEL.c.item_id == item_id, LABEL.c.kind == "label").scalar_subquery()
-    leases = sa.select(sa.func.count()).where(LEASE.c.item_id == item_id, LEASE.c.state == "live").scalar_subquery()
-    known = sa.select(labels, leases, ITEM.c.labelled, ITEM.c.taken, ITEM.c.gold.is_(None)).where(ITEM.c.id == item_id)
-    labelled, lent, labelled_before, taken_before, counts = connection.execute(known).one()
+    labelled, lent, labelled_before, taken_before, counts = connection.execute(st.COUNT, {"i": item_id}).one()
     taken = int(labelled + lent)
     if (labelled, taken) != (labelled_before, taken_before):
-        changed = {"labelled": labelled, "taken": taken, "full": not counts or taken >= project.settings.overlap}
-        connection.execute(sa.update(ITEM).where(ITEM.c.id == item_id).values(changed))
+        full = not counts or taken >= project.settings.overlap
+        changed = {"i": item_id, "labelled_now": labelled, "taken_now": taken, "full_now": full}
+        connection.execute(st.SET_COUNT, changed)
     if counts and labelled != labelled_before:
-        more = PROJECT.c.label_count + (labelled - labelled_before)
-        connection.execute(sa.update(PROJECT).where(PROJECT.c.id == project.id).values(label_count=more))
+        connection.execute(st.MORE_LABELS, {"p": project.id, "more": labelled - labelled_before})
     return taken
 
 
 def read_item(connection: sa.Connection, project: Project, item_id: int) -> Item:
-    row = connection.execute(_items_query(project).where(ITEM.c.id == item_id)).one_or_none()
+    row = connection.execute(st.ITEM_BY_ID, {"p": project.id, "i": item_id}).one_or_none()
     if row is None:
         raise InputError(f"Project {project.name} has no item {item_id!r}.")
     return _item(row)
 
 
 def event_of_key(connection: sa.Connection, project: Project, key: str) -> Event | None:
-    row = connection.execute(sa.select(EVENT).where(EVENT.c.project_id == project.id, EVENT.c.key == key)).one_or_none()
+    row = connection.execute(st.EVENT_BY_KEY, {"p": project.id, "k": key}).one_or_none()
     return None if row is None else _event(row)
 
 

@@ -125,7 +125,7 @@ def test_the_app_is_not_opened_to_others_in_clear_text(tmp_path: Path, store: Pa
         ("label.app.tls_key=key.pem", "come together"),
         ("label.app.url=http://label.example.org", None),
     ):
-        config = people(tmp_path, store, "label.labels=100", override)
+        config = people(tmp_path, store, "label.labels=12", override)
         if message is None:
             assert config.label.app.url == "http://label.example.org"
             continue
