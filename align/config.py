@@ -431,7 +431,7 @@ class CompareSection(GenerationSection):
     examples: int = Field(24, ge=0, description="Prompts shown side by side in the report.")
     blind_pairs: bool = Field(
         False,
-        description="Also put the answers, pair by pair and without names, into the label database, for people to judge.",
+        description="Also put the answers, pair by pair and without names, into the label database, for people.",
     )
 
 

@@ -128,7 +128,7 @@ class _Held:
         room: how many tokens follow the prompts at most.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], room: int) -> None:
+    def __init__(self, model: Any, prompts: Sequence[tuple[int, ...]], room: int) -> None:
         self.model, self.cache, self.room = model, _new_cache(model), room
         self.stepper: Stepper | None = None
         device = next(model.parameters()).device
@@ -171,7 +171,7 @@ class _Held:
             self.cache.reorder_cache(rows)  # unlike `batch_select_indices`, recurrent layers have it too
 
 
-def _common(prompts: Sequence[Sequence[int]]) -> int:
+def _common(prompts: Sequence[tuple[int, ...]]) -> int:
     """How many tokens all prompts begin with alike, where that is worth a pass; each keeps one of its own."""
     first, last = min(prompts), max(prompts)  # in lexicographic order, what these two share all share
     size = min(map(len, prompts)) - 1

@@ -42,7 +42,8 @@ def _is_plain(x: Tensor) -> bool:
 
 def _has_norm_parts(module: Any) -> bool:
     weight = getattr(module, "weight", None)
-    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and weight.ndim == 1
+    known = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    return known and isinstance(weight, Tensor) and weight.ndim == 1
 
 
 @torch.no_grad()

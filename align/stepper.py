@@ -36,7 +36,8 @@ class Stepper:
         self.size, padded = attention_BS.shape[1], not bool(attention_BS.all())
         bias_BS = torch.zeros(attention_BS.shape, dtype=torch.float32, device=attention_BS.device)
         self.bias_B1S = bias_BS.masked_fill_(attention_BS == 0, -torch.inf)[:, None] if padded else None
-        self.keys, self.values = [], []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
         for held in cache.layers:
             for blocks, values_BKSD in ((self.keys, held.keys), (self.values, held.values)):
                 rows, heads, size, width = values_BKSD.shape

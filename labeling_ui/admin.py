@@ -7,6 +7,7 @@ exported is downloaded through a route of our own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import html
 import io
@@ -189,7 +190,9 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
             name: str, mode: str, overlap: float, policy: str, criteria: str, guidelines: str, request: gr.Request
         ) -> str:
             listed = tuple(each.strip() for each in criteria.split(",") if each.strip())
-            settings = Settings(mode=mode, overlap=int(overlap), policy=policy, criteria=listed)  # type: ignore[arg-type]
+            known = next((each.settings for each in store.projects() if each.name == name.strip()), Settings())
+            changed: dict[str, Any] = {"mode": mode, "overlap": int(overlap), "policy": policy, "criteria": listed}
+            settings = dataclasses.replace(known, **changed)
             found = store.create_project(name.strip(), instructions=guidelines, settings=settings)
             return f"Saved; the guidelines are version {found.guidelines}."
 

@@ -283,6 +283,8 @@ def _label_routes(app: FastAPI, accounts: Accounts, store: LabelStore, site: Sit
             # Halves of surrogate pairs are JSON, but no text: no database takes them.
             found = json.loads((await request.body()).decode("utf-8"))
             json.dumps(found, ensure_ascii=False).encode("utf-8")
+            if _holds_nul(found):
+                raise ValueError("it holds the character 0")
         except (UnicodeError, ValueError, RecursionError) as error:
             raise InputError(f"The request is not JSON in UTF-8 ({error}).") from error
         if not isinstance(found, dict) or not isinstance(found.get("project"), str):
@@ -351,6 +353,14 @@ def _label_routes(app: FastAPI, accounts: Accounts, store: LabelStore, site: Sit
         who, assigner = await run_in_threadpool(enter, request, found["project"])
         await run_in_threadpool(assigner.release, who.name)
         return JSONResponse({})
+
+
+def _holds_nul(value: Any) -> bool:
+    """Whether any text in it holds the character 0, which PostgreSQL does not take."""
+    if isinstance(value, str):
+        return "\0" in value
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return any(map(_holds_nul, inner))
 
 
 def item_view(project: Project, lease: Lease) -> dict[str, Any]:

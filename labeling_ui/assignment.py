@@ -28,8 +28,10 @@ from labeling_ui.store import (
     append,
     check_judgement,
     checked_note,
+    checked_seconds,
     event_of_key,
     event_row,
+    is_order,
     read_item,
     recount,
     same_said,
@@ -391,15 +393,15 @@ def _at(order: list[int], place: int) -> int:
 
 def _checked_skip(item: Item, given: Mapping[str, Any]) -> dict[str, Any]:
     order = given.get("order")
-    if not isinstance(order, list | tuple) or sorted(map(str, order)) != sorted(map(str, item.answers)):
+    if not is_order(order, item):
         raise InputError(f"A skip shows answers {order!r}: the item's answers are {list(item.answers)}.")
     reason = checked_note("reason", given.get("reason"), 500)
     if reason is None:
         raise InputError("A skip needs a reason.")
     return {
-        "order": list(order),
+        "order": order,
         "reason": reason,
         "flag": checked_note("flag", given.get("flag")),
         "comment": checked_note("comment", given.get("comment")),
-        "seconds": given.get("seconds"),
+        "seconds": checked_seconds(given.get("seconds")),
     }

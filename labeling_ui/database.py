@@ -192,7 +192,8 @@ class Database:
             advice = ADVICE.get(getattr(cause, "sqlite_errorcode", 0) & 0xFF)
             if advice is None and self.dialect == "postgresql":
                 code = getattr(cause, "sqlstate", None) or ""
-                advice = POSTGRES_ADVICE.get(code) or POSTGRES_ADVICE.get(code[:2])
+                if code or isinstance(error, OperationalError):
+                    advice = POSTGRES_ADVICE.get(code) or POSTGRES_ADVICE.get(code[:2])
             if advice is None:
                 raise
             raise DatabaseError(f"{self.name} {advice.format(seconds=self.busy_seconds)} ({cause}).") from error

@@ -105,8 +105,8 @@ def quality(store: LabelStore, project: Project, rounds: int = 1000) -> Quality:
     Args:
         rounds: of the bootstrap behind the intervals.
     """
-    items = _items(store, project)
-    events = [event for event in _counting(store, project) if event.kind != "verdict"]
+    counting, items = _read(store, project)
+    events = [event for event in counting if event.kind != "verdict"]
     normal = [event for event in events if items[event.item_id].gold is None]
     votes = _votes(normal)
     values = [{vote.annotator: vote.value for vote in each} for each in votes.values()]
@@ -131,7 +131,7 @@ def disagreements(store: LabelStore, project: Project) -> list[Disagreement]:
 
     What a reviewer has decided is left out.
     """
-    events, items = _counting(store, project), _items(store, project)
+    events, items = _read(store, project)
     comments = {(event.item_id, event.annotator): event.body.get("comment") for event in events}
     done = {event.item_id for event in events if event.kind == "verdict"}
     found = []
@@ -151,8 +151,8 @@ def reliability(store: LabelStore, project: Project) -> list[Reliability]:
     Nobody says which side is right: Dawid and Skene (1979) find, by expectation maximisation, the sides and the
     annotators' errors that explain the votes best. Few people, or few votes, make it a guess.
     """
-    items = _items(store, project)
-    votes = _votes(event for event in _counting(store, project) if items[event.item_id].gold is None)
+    events, items = _read(store, project)
+    votes = _votes(event for event in events if items[event.item_id].gold is None)
     rows = [
         (f"{item_id} {pair}", vote.annotator, _side(vote))
         for (item_id, pair), each in votes.items()
@@ -177,16 +177,14 @@ def reliability(store: LabelStore, project: Project) -> list[Reliability]:
     return sorted(found, key=lambda each: (each.right, each.annotator))
 
 
-def _counting(store: LabelStore, project: Project) -> list[Event]:
-    """The labels, skips and verdicts that count, in order: the rule of the store's projection, from one reading."""
+def _read(store: LabelStore, project: Project) -> tuple[list[Event], dict[int, Item]]:
+    """The labels, skips and verdicts that count, in order and by the rule of the store's projection; and all items."""
     stacks: dict[tuple[int, str], list[Event]] = {}
     for event in store.events(project):
         fold(stacks.setdefault((event.item_id, event.annotator), []), event)
-    return sorted((stack[-1] for stack in stacks.values() if stack), key=lambda event: event.id)
-
-
-def _items(store: LabelStore, project: Project) -> dict[int, Item]:
-    return {item.id: item for item in store.items(project)}
+    counting = sorted((stack[-1] for stack in stacks.values() if stack), key=lambda event: event.id)
+    # Items after events: then every event's item is there, even while others add to the store.
+    return counting, {item.id: item for item in store.items(project)}
 
 
 def _votes(events: Iterable[Event]) -> dict[PairOfItem, list[Vote]]:

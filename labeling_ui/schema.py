@@ -43,7 +43,10 @@ COMPARISON = sa.Table(
     sa.Column("comparison_id", sa.Text, nullable=False),
     sa.Column("payload", sa.JSON, nullable=False),
     sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("prompt", sa.Text, nullable=False),  # its id: all comparisons of a prompt are on one side of the split
+    sa.Column("split", sa.Text, nullable=False),
     sa.UniqueConstraint("project_id", "comparison_id"),
+    sa.Index("comparisons_by_prompt", "project_id", "prompt"),
 )
 
 # What is judged at once: two answers of a comparison, or all of them.
@@ -55,7 +58,7 @@ ITEM = sa.Table(
     sa.Column("comparison", sa.ForeignKey("comparisons.id"), nullable=False),
     sa.Column("key", sa.Text, nullable=False),
     sa.Column("answers", sa.JSON, nullable=False),  # indices into the comparison's answers, ascending
-    sa.Column("gold", sa.JSON(none_as_null=True)),  # {"values": [...]}, the labels that are right; null: no gold item
+    sa.Column("gold", sa.JSON(none_as_null=True)),  # {"better", "worse"}: which answer is; null: no gold item
     sa.Column("labelled", sa.Integer, nullable=False, default=0),  # labels that count
     # Assignment: labels that count + leases that live, whether that is the cap, and the order in which items come.
     sa.Column("taken", sa.Integer, nullable=False, default=0),

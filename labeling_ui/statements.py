@@ -6,12 +6,17 @@ annotator, t token, k key, s state, now, and what is named after its column.
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from sqlalchemy import bindparam
 
 from labeling_ui.schema import COMPARISON, CURSOR, EVENT, ITEM, LABEL, LEASE, PROJECT
 
-_P, _I, _A, _T = bindparam("p"), bindparam("i"), bindparam("a"), bindparam("t")
+_P: Any = bindparam("p")
+_I: Any = bindparam("i")
+_A: Any = bindparam("a")
+_T: Any = bindparam("t")
 
 ITEM_BY_ID = (
     sa.select(*ITEM.c["id", "key", "answers", "gold"], *COMPARISON.c["comparison_id", "digest", "payload"])

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Self, TypedDict
 
@@ -24,7 +24,7 @@ from labeling_ui import statements as st
 from labeling_ui.database import Database, now_text, value_rows
 from labeling_ui.schema import COMPARISON, EVENT, GUIDELINE, ITEM, LABEL, LEASE, PROJECT
 from reward.aggregate import Vote
-from reward.records import InputError, Record
+from reward.records import InputError, Record, prompt_id
 from reward.records import digest as content_digest
 
 # Longer texts are no answers, and a page that holds them is no page.
@@ -173,14 +173,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Imported:
-    """How many items an import added, and how many were there already."""
+    """How many items an import added, how many were there already, and how many pairs have one text on both sides:
+    people are not asked which of two equal texts is better."""
 
     added: int = 0
     there: int = 0
-    too_few: list[str] = field(default_factory=list)  # comparisons with fewer than two different answers
-
-    def __iter__(self) -> Any:
-        return iter((self.added, self.there))
+    identical: int = 0
 
 
 class LabelStore:
@@ -262,7 +260,10 @@ class LabelStore:
                     f"Project {row.name} is judged by {row.settings['mode']}, not by {settings.mode}: use a new "
                     "project."
                 )
-            changed = asdict(settings) | {"criteria": list(settings.criteria), "closed": row.settings["closed"]}
+            changed = asdict(settings) | {
+                "criteria": list(settings.criteria),
+                "closed": row.settings.get("closed", False),
+            }
             if changed != row.settings:
                 connection.execute(sa.update(PROJECT).where(PROJECT.c.id == row.id).values(settings=changed))
                 if settings.overlap != row.settings["overlap"]:
@@ -334,8 +335,9 @@ class LabelStore:
                 different content; the message names its id.
         """
         records = [_checked_comparison(record) for record in comparisons]
-        added = there = 0
+        added = there = identical = 0
         with self.database.write() as connection:
+            self._check_sides(connection, project, records)
             wanted = [record["id"] for record in records]
             query = sa.select(COMPARISON).where(COMPARISON.c.project_id == project.id)
             digests = {
@@ -344,7 +346,7 @@ class LabelStore:
             }
             for record in records:
                 comparison_id, digest = record["id"], content_digest(record)
-                groups = _groups(project, len(record["answers"]))
+                groups, same = _groups(project, record)
                 if known := digests.get(comparison_id):
                     if known != digest:
                         raise InputError(
@@ -353,17 +355,40 @@ class LabelStore:
                         )
                     there += len(groups)
                     continue
-                row = {"project_id": project.id, "comparison_id": comparison_id, "payload": record, "digest": digest}
-                query = sa.insert(COMPARISON).values(row).returning(COMPARISON.c.id)
-                comparison = connection.execute(query).scalar_one()
-                connection.execute(sa.insert(ITEM), [_item_row(project, comparison, record, group) for group in groups])
+                row = {
+                    "project_id": project.id,
+                    "comparison_id": comparison_id,
+                    "payload": record,
+                    "digest": digest,
+                    "prompt": prompt_id(record["prompt"]),
+                    "split": record["split"],
+                }
+                comparison = connection.execute(sa.insert(COMPARISON).returning(COMPARISON.c.id), row).scalar_one()
+                if rows := [_item_row(project, comparison, record, group) for group in groups]:
+                    connection.execute(sa.insert(ITEM), rows)
+                identical += same
                 digests[comparison_id] = digest
                 added += len(groups)
             counted = sa.select(sa.func.count()).where(ITEM.c.project_id == project.id, ITEM.c.gold.is_(None))
             connection.execute(
                 sa.update(PROJECT).where(PROJECT.c.id == project.id).values(item_count=counted.scalar_subquery())
             )
-        return Imported(added, there)
+        return Imported(added, there, identical)
+
+    def _check_sides(self, connection: sa.Connection, project: Project, records: list[Record]) -> None:
+        """Refuse a prompt that is held out under one id and trained on under another."""
+        prompts = [prompt_id(record["prompt"]) for record in records]
+        columns = COMPARISON.c["prompt", "split", "comparison_id"]
+        query = sa.select(*columns).where(COMPARISON.c.project_id == project.id)
+        sides = {row.prompt: row for row in value_rows(connection, query, COMPARISON.c.prompt, list(set(prompts)))}
+        known = {prompt: (row.split, row.comparison_id) for prompt, row in sides.items()}
+        for record, prompt in zip(records, prompts, strict=True):
+            split, other = known.setdefault(prompt, (record["split"], record["id"]))
+            if split != record["split"]:
+                raise InputError(
+                    f"Comparison {record['id']} is on the {record['split']} side, but its prompt is on the {split} "
+                    f"side in comparison {other}: give all comparisons of a prompt the same split."
+                )
 
     def items(self, project: Project) -> list[Item]:
         """All items of the project, in the order they were added."""
@@ -407,6 +432,8 @@ class LabelStore:
                 annotator or key is empty, or the key belongs to a label with other content.
         """
         wanted = list(judgements)
+        for each in wanted:
+            _check_names(each)
         with self.database.write() as connection:
             query = _items_query(project)
             numbers = list({each["item_id"] for each in wanted})
@@ -468,13 +495,11 @@ class LabelStore:
             {"item_id": i, "annotator": a, "project_id": project.id, "event_id": event.id, "kind": event.kind}
             for (i, a), event in newest.items()
         ]
-        if added := [row for row in rows if (row["item_id"], row["annotator"]) not in there]:
+        if added := [row for row, place in zip(rows, newest, strict=True) if place not in there]:
             connection.execute(sa.insert(LABEL), added)
-        for row in rows:
-            if (row["item_id"], row["annotator"]) in there:
-                set_label(
-                    connection, project, row["item_id"], row["annotator"], newest[row["item_id"], row["annotator"]]
-                )
+        for (item_id, annotator), event in newest.items():
+            if (item_id, annotator) in there:
+                set_label(connection, project, item_id, annotator, event)
         for item_id in touched:
             recount(connection, project, item_id)
 
@@ -657,12 +682,10 @@ def check_judgement(project: Project, item: Item, given: Mapping[str, Any]) -> d
     Raises:
         InputError: it is none of this item, or says what cannot be said.
     """
-    for name in ("annotator", "key"):
-        if not isinstance(given.get(name), str) or not given[name].strip() or len(given[name]) > 500:
-            raise InputError(f"A label has the {name} {given.get(name)!r}: a text of 1 to 500 characters is wanted.")
+    _check_names(given)
     said: dict[str, Any] = {name: given.get(name) for name in SAID}
     order = said["order"] = list(given["order"]) if isinstance(given.get("order"), list | tuple) else given.get("order")
-    if not isinstance(order, list) or sorted(map(str, order)) != sorted(map(str, item.answers)):
+    if not is_order(order, item):
         raise InputError(
             f"A label of item {item.id} shows answers {order!r}: the item's answers are {list(item.answers)}."
         )
@@ -678,13 +701,42 @@ def check_judgement(project: Project, item: Item, given: Mapping[str, Any]) -> d
         if said["value"] is not None:
             raise InputError("A label of a ranking project has a value: a ranking is wanted, and nothing else.")
     said["ratings"] = _checked_ratings(project, item, said["ratings"])
-    seconds = said["seconds"]
-    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if seconds is not None and not (number and 0 <= seconds < math.inf):
-        raise InputError(f"A label took {seconds!r} seconds: a number of at least 0, or none, is wanted.")
+    said["seconds"] = checked_seconds(said["seconds"])
     for name, most in (("comment", LONGEST_NOTE), ("flag", LONGEST_NOTE), ("rewrite", LONGEST_TEXT)):
         said[name] = checked_note(name, said[name], most)
     return said
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    for name in ("annotator", "key"):
+        text = given.get(name)
+        if not isinstance(text, str) or not text.strip() or len(text) > 500 or not _is_storable(text):
+            raise InputError(f"A label has the {name} {text!r}: a text of 1 to 500 characters is wanted.")
+
+
+def is_order(order: Any, item: Item) -> bool:
+    """Whether it names each of the item's answers once."""
+    return isinstance(order, list) and all(type(i) is int for i in order) and sorted(order) == list(item.answers)
+
+
+def checked_seconds(seconds: Any) -> float | None:
+    """Time that something took.
+
+    Raises:
+        InputError: it is no time.
+    """
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and 0 <= seconds < math.inf):
+        raise InputError(f"A label took {seconds!r} seconds: a number of at least 0, or none, is wanted.")
+    return seconds
+
+
+def _is_storable(text: str) -> bool:
+    """Whether every database takes it: no character 0, no half of a surrogate pair."""
+    try:
+        return "\0" not in text and bool(text.encode("utf-8") or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def checked_note(name: str, text: Any, most: int = LONGEST_NOTE) -> str | None:
@@ -717,7 +769,7 @@ def _checked_ratings(project: Project, item: Item, ratings: Any) -> dict[str, di
     if not ratings:
         return None
     known = {str(answer) for answer in item.answers}
-    for criterion, given in ratings.items() if isinstance(ratings, dict) else [(None, None)]:
+    for criterion, given in ratings.items() if isinstance(ratings, dict) else [("", {})]:
         fine = criterion in project.settings.criteria and isinstance(given, dict) and set(given) <= known
         if not fine or not all(type(value) is int and 1 <= value <= 5 for value in given.values()):
             raise InputError(
@@ -740,9 +792,14 @@ def _add_guidelines(connection: sa.Connection, project_id: int, version: int, te
     connection.execute(sa.insert(GUIDELINE).values(row))
 
 
-def _groups(project: Project, count: int) -> list[tuple[int, ...]]:
-    """Answers that are judged together."""
-    return list(itertools.combinations(range(count), 2 if project.settings.mode == "pairwise" else count))
+def _groups(project: Project, record: Record) -> tuple[list[tuple[int, ...]], int]:
+    """(answers that are judged together, how many such groups hold one text only and are left out)."""
+    texts = [answer["text"] for answer in record["answers"]]
+    size = 2 if project.settings.mode == "pairwise" else len(texts)
+    groups = list(itertools.combinations(range(len(texts)), size))
+    # A program is not bothered, and its preferences count the pairs that are left out.
+    kept = [group for group in groups if project.simulated or len({texts[i] for i in group}) > 1]
+    return kept, len(groups) - len(kept)
 
 
 def _item_row(project: Project, comparison: int, record: Record, group: tuple[int, ...]) -> dict[str, Any]:
@@ -775,9 +832,9 @@ def _items_query(project: Project) -> Any:
 def _item(row: sa.Row[Any]) -> Item:
     rest = {name: value for name, value in row.payload.items() if name not in ("id", "answers", "gold")}
     payload = {
+        **rest,
         "comparison_id": row.comparison_id,
         "pair": list(row.answers),
-        **rest,
         "answers": [row.payload["answers"][i] for i in row.answers],
     }
     gold = None if row.gold is None else (row.gold["better"], row.gold["worse"])
@@ -795,7 +852,8 @@ def _event(row: Any) -> Event:
 
 def _checked_comparison(record: Record) -> Record:
     comparison_id = record.get("id")
-    if not isinstance(comparison_id, str) or not comparison_id or len(comparison_id) > 500:
+    fine = isinstance(comparison_id, str) and 0 < len(comparison_id) <= 500 and _is_storable(comparison_id)
+    if not fine:
         raise InputError(f"A comparison has the id {comparison_id!r}: a text of 1 to 500 characters is wanted.")
     answers = record.get("answers")
     if not isinstance(answers, list) or not all(
@@ -809,17 +867,25 @@ def _checked_comparison(record: Record) -> Record:
         )
     prompt = record.get("prompt")
     if not isinstance(prompt, list) or not all(
-        isinstance(turn, dict) and turn.keys() >= {"role", "content"} for turn in prompt
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in prompt
     ):
-        raise InputError(f'Comparison {comparison_id}: "prompt" must be a list of {{"role", "content"}} turns.')
-    texts = [answer["text"] for answer in answers] + [str(turn["content"]) for turn in prompt]
+        raise InputError(f'Comparison {comparison_id}: "prompt" must be a list of {{"role", "content"}} turns of text.')
+    texts = [answer["text"] for answer in answers] + [turn["content"] for turn in prompt]
     for text in texts:
         if len(text) > LONGEST_TEXT:
             raise InputError(
                 f"Comparison {comparison_id} has a text of {len(text)} characters: at most {LONGEST_TEXT} are wanted."
             )
-        if "\0" in text:
-            raise InputError(f"Comparison {comparison_id} has a text with the character 0, which no text has.")
+        if not _is_storable(text):
+            raise InputError(
+                f"Comparison {comparison_id} has a text with the character 0, or half of a surrogate pair, which no "
+                "text has."
+            )
+    try:
+        json.dumps(record, allow_nan=False, ensure_ascii=False).encode("utf-8")
+    except (UnicodeEncodeError, ValueError, TypeError) as error:
+        raise InputError(f"Comparison {comparison_id} has a column that is not JSON ({error}).") from error
     if record.get("split") not in ("train", "test"):
         raise InputError(
             f'Comparison {comparison_id} has the split {record.get("split")!r}: "train" or "test" is wanted.'

@@ -14,17 +14,17 @@ from typing import Any, cast
 from align import models, progress, ranks, training
 from align.compare import report as page
 from align.compare import statistics
+from align.compare.blind import project_name, send_blind_pairs
 from align.compare.schema import Example, Finding, ModelFigures, PpoCourse, Report, WinRateFigure
 from align.config import Config
 from align.data.load import load_demonstrations, only
 from align.data.render import answer_ids, prompt_ids
 from align.generate import Answer, Partial, batches, generate
+from align.label import store_address
 from align.logprobs import Pair, answer_logprobs
 from align.ppo.diagnosis import HEALTH
 from align.runs import Run, lineage, versions
 from align.sample import fitting_prompts, gather_prompts, policy_folder, sft_model
-from align.compare.blind import project_name, send_blind_pairs
-from align.label import store_address
 from labeling_ui.panel import HiddenPreference, preferred
 from reward.records import InputError, Record, digest, prompt_text, read_jsonl, write_jsonl
 

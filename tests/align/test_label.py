@@ -47,7 +47,8 @@ def store(tmp_path: Path) -> Path:
 
 def people(tmp_path: Path, store: Path, *overrides: str) -> Config:
     path = tmp_path / "people.yaml"
-    path.write_text(f"stages: [label, reward]\nruns: {tmp_path / 'runs'}\nlabel: {{source: people, store: {store}, labels: 8, app: {{port: {free_port()}}}}}\n")
+    label = f"{{source: people, store: {store}, labels: 8, app: {{port: {free_port()}}}}}"
+    path.write_text(f"stages: [label, reward]\nruns: {tmp_path / 'runs'}\nlabel: {label}\n")
     return load_config(path, overrides)
 
 

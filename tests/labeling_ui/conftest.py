@@ -1,4 +1,4 @@
-"""Databases for the label store's tests: SQLite files, and one real PostgreSQL server where its programs are at hand."""
+"""Databases for the label store's tests: SQLite files, and one real PostgreSQL server where it is installed."""
 
 from __future__ import annotations
 

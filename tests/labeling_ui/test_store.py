@@ -21,7 +21,7 @@ from labeling_ui.schema import metadata
 from labeling_ui.store import Judgement, LabelStore, Project, Settings
 from reward.aggregate import Vote, preferences
 from reward.records import InputError, user_prompt
-from tests.labeling_ui.conftest import Clock, Postgres, comparison
+from tests.labeling_ui.conftest import Postgres, comparison
 
 
 def judgement(**changed: Any) -> Judgement:
@@ -55,6 +55,29 @@ def test_items_are_the_pairs_of_each_comparison(store: LabelStore, project: Proj
     }
 
 
+def test_a_prompt_is_on_one_side_only(store: LabelStore, project: Project) -> None:
+    twin = comparison(0) | {"id": "twin", "split": "test"}
+    with pytest.raises(
+        InputError, match="twin is on the test side, but its prompt is on the train side in comparison c0"
+    ):
+        store.add_items(project, [twin])
+    with pytest.raises(InputError, match="its prompt is on the train side"):
+        store.add_items(project, [comparison(8), comparison(8) | {"id": "twin", "split": "test"}])
+    assert len(store.items(project)) == 4
+
+
+def test_equal_texts_are_not_put_before_people(store: LabelStore, project: Project) -> None:
+    same = comparison(5) | {"answers": [{"text": "a"}, {"text": "a"}, {"text": "b"}]}
+    found = store.add_items(project, [same])
+    assert (found.added, found.identical) == (2, 1)
+
+
+def test_columns_cannot_pose_as_ours(store: LabelStore, project: Project) -> None:
+    store.add_items(project, [comparison(5, comparison_id="other", pair=[7, 8])])
+    assert store.items(project)[-1].payload["comparison_id"] == "c5"
+    assert store.items(project)[-1].payload["pair"] == [0, 1]
+
+
 def test_extra_columns_ride_along(store: LabelStore, project: Project) -> None:
     store.add_items(project, [comparison(2, source="forum")])
     assert store.items(project)[-1].payload["source"] == "forum"
@@ -84,6 +107,9 @@ def test_changed_comparison_is_refused_and_nothing_is_added(store: LabelStore, p
         ({"gold": [0, 0]}, r"the gold \[0, 0\]"),
         ({"gold": [0, 2]}, r"the gold \[0, 2\]"),
         ({"answers": ["bare", "text"]}, 'c0: "answers" must be'),
+        ({"prompt": [{"role": "user", "content": 3}]}, 'c0: "prompt" must be'),
+        ({"answers": [{"text": "\ud800"}, {"text": "b"}]}, "half of a surrogate pair"),
+        ({"note": float("nan")}, "a column that is not JSON"),
         ({"prompt": "bare text"}, 'c0: "prompt" must be'),
         ({"split": "validation"}, "c0 has the split 'validation'"),
         ({"id": ""}, "the id ''"),
@@ -216,6 +242,9 @@ def test_keys_belong_to_one_project(store: LabelStore, project: Project) -> None
         ({"order": [0, 0]}, r"shows answers \[0, 0\]: the item's answers are \[0, 1\]"),
         ({"order": [2, 0]}, r"shows answers \[2, 0\]"),
         ({"order": "01"}, "shows answers '01'"),
+        ({"order": ["0", "1"]}, "shows answers"),
+        ({"key": "a\0b"}, "the key"),
+        ({"annotator": "\ud800"}, "the annotator"),
         ({"ranking": [[0], [1]]}, "the value 2"),
         ({"ratings": {"style": {"0": 3}}}, "the ratings"),
         ({"comment": "a\0b"}, "the character 0"),
@@ -325,7 +354,7 @@ SQLITE_CHANGES = [
     f"INSERT OR REPLACE INTO events (id, {COLUMNS}) SELECT 99, {COLUMNS} FROM events",
     f"INSERT INTO events (id, {COLUMNS}) SELECT id, {COLUMNS} FROM events WHERE true "
     "ON CONFLICT DO UPDATE SET kind = 'skip'",
-    "REPLACE INTO comparisons SELECT id, project_id, comparison_id, '{}', digest FROM comparisons",
+    "REPLACE INTO comparisons SELECT id, project_id, comparison_id, '{}', digest, prompt, split FROM comparisons",
 ]
 
 
@@ -383,7 +412,7 @@ def test_newer_schema_is_refused_with_both_numbers(where: str) -> None:
 
 def test_addresses_that_are_none(tmp_path: Path) -> None:
     refused("mysql://host/name", "mysql databases are not supported")
-    refused("postgresql://", "cannot be reached|is no address|no such database|refuses")
+    refused("postgresql://", r"cannot be reached|is no address|no such database|refuses")
     refused("://", "is no address of a database")
 
 
@@ -460,7 +489,7 @@ def test_postgresql_restarted_in_the_middle(postgres: Postgres) -> None:
         store.add_items(project, [comparison()])
         label = store.record(project, judgement())
         postgres.stop()
-        with pytest.raises(InputError, match="cannot be reached|is shutting down"):
+        with pytest.raises(InputError, match=r"cannot be reached|is shutting down"):
             store.record(project, judgement(key="while it is down"))
         postgres.start()
         assert store.labels(project) == [label]

@@ -69,6 +69,8 @@ def upgrade() -> None:
         sa.Column("comparison_id", sa.Text(), nullable=False),
         sa.Column("payload", sa.JSON(), nullable=False),
         sa.Column("digest", sa.Text(), nullable=False),
+        sa.Column("prompt", sa.Text(), nullable=False),
+        sa.Column("split", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(
             ["project_id"],
             ["projects.id"],
@@ -76,6 +78,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("project_id", "comparison_id"),
     )
+    op.create_index("comparisons_by_prompt", "comparisons", ["project_id", "prompt"], unique=False)
     op.create_table(
         "cursors",
         sa.Column("project_id", sa.Integer(), nullable=False),
