@@ -118,12 +118,15 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
             refresh = gr.Button("Refresh")
         with gr.Tab("Progress"):
             report = gr.Markdown(latex_delimiters=[])
+            rely = gr.Button("Compute each annotator's reliability (Dawid and Skene's model)")
+            relied = gr.Markdown(latex_delimiters=[])
         with gr.Tab("Disagreements"):
             gr.Markdown("Items on which annotators took different sides, the most contested first.")
             contested = gr.Markdown(latex_delimiters=[])
             with gr.Row():
                 judged = gr.Textbox(label="Item")
                 value = gr.Slider(1, 7, value=4, step=1, label="1 first much better · 4 tie · 7 second much better")
+                best = gr.Textbox(label="Of a ranking: answers from 1, best first, such as 3 > 1 = 2")
                 decide = gr.Button("Decide: this overrides the labels")
             decided = gr.Markdown()
         with gr.Tab("Project"):
@@ -179,10 +182,17 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
             )
 
         @only("reviewer")
-        def give_verdict(name: str, key: str, value: float, request: gr.Request) -> tuple[str, str]:
+        def show_reliability(name: str, request: gr.Request) -> str:
+            found = quality.reliability(store, store.project(name))
+            rows = [[each.annotator, f"{each.right:.0%}", each.votes] for each in found]
+            return block(table(["annotator", "names the right side", "votes"], rows))
+
+        @only("reviewer")
+        def give_verdict(name: str, key: str, value: float, best: str, request: gr.Request) -> tuple[str, str]:
             found, reviewer = store.project(name), who(request)
             assert reviewer is not None
-            store.adjudicate(found, key.strip(), reviewer.name, {"value": int(value)}, secrets.token_urlsafe(16))
+            said = {"value": int(value)} if found.settings.mode == "pairwise" else {"ranking": ranking_of(best)}
+            store.adjudicate(found, key.strip(), reviewer.name, said, secrets.token_urlsafe(16))
             return "Decided.", block(disagreements_html(store, found))
 
         @only("admin")
@@ -235,7 +245,8 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
         blocks.load(show, [project], shown, **options)
         refresh.click(show, [project], shown, **options)
         project.input(show, [project], shown, **options)
-        decide.click(give_verdict, [project, judged, value], [decided, contested], **options)
+        decide.click(give_verdict, [project, judged, value, best], [decided, contested], **options)
+        rely.click(show_reliability, [project], [relied], **options)
         save.click(save_project, [new_name, mode, overlap, policy, criteria, guidelines], [saved], **options)
         close.click(close_project, [project], [saved], **options)
         reopen.click(open_project, [project], [saved], **options)
@@ -258,6 +269,20 @@ def _query(name: str) -> str:
     from urllib.parse import quote
 
     return quote(name, safe="")
+
+
+def ranking_of(text: str) -> list[list[int]]:
+    """Groups of answer indices from "3 > 1 = 2", which counts from 1.
+
+    Raises:
+        InputError: it is written otherwise.
+    """
+    try:
+        return [[int(number) - 1 for number in group.split("=")] for group in text.split(">")]
+    except ValueError as error:
+        raise InputError(
+            f"The ranking is {text!r}: numbers with > and = between are wanted, such as 3 > 1 = 2."
+        ) from error
 
 
 def block(text: str) -> str:
@@ -284,7 +309,6 @@ def progress_html(store: LabelStore, project: Project) -> str:
     ]
     headline = [[name, _figure(each), each.words()] for name, each in measures]
     parts.append("<h2>Agreement</h2>" + table(["measure", "value (95 %)", "in words"], headline))
-    trusted = {each.annotator: f"{each.right:.0%}" for each in quality.reliability(store, project)}
     rows = [
         [
             each.name,
@@ -296,12 +320,11 @@ def progress_html(store: LabelStore, project: Project) -> str:
             f"{each.side.left} of {each.side.count}{', one-sided' if each.side.biased else ''}",
             f"{each.gold_right} of {each.gold_asked}",
             {"fine": "careful", "guessing": "GUESSES", "open": "not clear yet"}[each.verdict],
-            trusted.get(each.name, "–"),
         ]
         for each in found.annotators
     ]
     head = ["annotator", "labels", "skips", "flags", "time an item", "ties", "left won", "gold right", "gold test"]
-    parts.append("<h2>Annotators</h2>" + table([*head, "reliability"], rows))
+    parts.append("<h2>Annotators</h2>" + table(head, rows))
     if found.cohen:
         pairs = [
             [f"{a} and {b}", "–" if math.isnan(value) else f"{value:.2f}"] for (a, b), value in found.cohen.items()

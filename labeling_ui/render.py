@@ -27,9 +27,21 @@ _MATH = {"$$": ("$$", 2000), r"\[": (r"\]", 2000), r"\(": (r"\)", 1000)}
 MOST_CELLS = 50_000
 
 
-@functools.lru_cache(maxsize=2048)
 def answer_html(text: str) -> str:
     """Markdown as HTML with nothing in it but the tags above, `start` on a list and the class `math` on a span."""
+    return _cached(text) if len(text) <= _CACHED_UP_TO else _rendered(text)
+
+
+# Answers are shown to several people; long ones are rare, and their HTML is longer still.
+_CACHED_UP_TO = 10_000
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached(text: str) -> str:
+    return _rendered(text)
+
+
+def _rendered(text: str) -> str:
     import nh3
 
     lines = text.split("\n")

@@ -123,6 +123,7 @@ def test_commands_and_options_are_these() -> None:
     assert found == {
         "run": [*stage, "--accelerate"],
         **dict.fromkeys(STAGES, stage),
+        "label": [*stage, "--local", "--invite"],
         "lineage": ["run"],
         "schema": [],
     }

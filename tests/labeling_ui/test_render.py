@@ -16,7 +16,7 @@ from labeling_ui.render import TAGS, is_blank, visible
 
 VOID = {"br", "hr"}
 # What was rendered behind another wall must not be found again.
-answer_html = getattr(render.answer_html, "__wrapped__", render.answer_html)
+answer_html = render._rendered  # what is cached under one of the patches below would be met under another
 
 
 class Page(HTMLParser):
