@@ -239,7 +239,7 @@ class LabelAppSection(Section):
     tls_certificate: FilePath | None = Field(None, description="Certificate file (PEM), with its chain.")
     tls_key: FilePath | None = Field(None, description="The certificate's private key.")
     url: str | None = Field(
-        None, description="How browsers name the app where a proxy ends TLS: https://label.example.org"
+        None, description="How browsers name the app where a proxy ends TLS (https://label.example.org)."
     )
 
 
@@ -277,7 +277,9 @@ class LabelSection(Section):
     )
     finish: bool = Field(False, description="people: go on with the labels there are, without waiting for more.")
     min_labels: int = Field(1, gt=0, description="people: refuse to go on with fewer labels than this.")
-    app: LabelAppSection = Field(default_factory=LabelAppSection)
+    app: LabelAppSection = Field(
+        default_factory=LabelAppSection, description="Where the labelling app is served while labels are awaited."
+    )
 
 
 class RewardSection(EpochSection):

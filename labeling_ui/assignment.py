@@ -321,7 +321,7 @@ class Assigner:
     ) -> Lease:
         token = token or secrets.token_urlsafe(16)
         if order is None:
-            order = tuple(Random(f"order {token}").sample(item.answers, len(item.answers)))
+            order = drawn_order(token, item.answers)
         expires = now + self.project.settings.lease_seconds
         row = {
             "token": token,
@@ -360,6 +360,11 @@ class Assigner:
 
 def _fields(event: Event) -> dict[str, Any]:
     return {name: getattr(event, name) for name in ("kind", "annotator", "item_id", "body")}
+
+
+def drawn_order(token: str, answers: tuple[int, ...]) -> tuple[int, ...]:
+    """The answers as they stand on the screen: tokens are random, so every order is as likely."""
+    return tuple(Random(f"order {token}").sample(answers, len(answers)))
 
 
 def _of_answers(said: Mapping[str, Any], order: list[int]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import secrets
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from labeling_ui.assignment import UNDO_DEPTH, Assigner, Lease, Refused
+from labeling_ui.assignment import UNDO_DEPTH, Assigner, Lease, Refused, drawn_order
 from labeling_ui.schema import ITEM, LABEL, LEASE
 from labeling_ui.store import LabelStore, Project, Settings
 from reward.records import InputError
@@ -190,6 +191,13 @@ def test_the_order_is_drawn_and_stored(store: LabelStore) -> None:
     assert all(
         e.body["order"] in ([0, 1], [1, 0]) and len(e.body["shown"]) == 64 for e in store.labels(assigner.project)
     )
+
+
+def test_no_answer_is_favoured_on_the_screen() -> None:
+    orders = Counter(drawn_order(secrets.token_urlsafe(16), (0, 1)) for _ in range(10_000))
+    assert abs(orders[0, 1] - 5000) < 5 * 50  # five standard deviations
+    rankings = Counter(drawn_order(secrets.token_urlsafe(16), (0, 1, 2)) for _ in range(12_000))
+    assert len(rankings) == 6 and all(abs(count - 2000) < 5 * 41 for count in rankings.values())
 
 
 # Undo and skip
