@@ -15,7 +15,7 @@ help:
 quickstart: $(VENV)/.runtime
 	$(BIN)/align run configs/quickstart.yaml
 
-## make test              lint, types and fast tests, with coverage (at most 12 min on 2 cores)
+## make test              lint, types and fast tests, with coverage (about 13 min on 2 cores)
 # One thread a worker, and the tests that start processes of their own by themselves at the end.
 test: $(VENV)/.dev
 	$(BIN)/ruff check .

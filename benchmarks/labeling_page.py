@@ -64,7 +64,7 @@ def main() -> None:
             page.fill("#name", "ann")
             page.fill("#password", "correct horse battery")
             page.click("button[type=submit]")
-            page.wait_for_function("document.getElementById('align')?.dataset.painted")
+            page.wait_for_function("() => document.getElementById('align')?.dataset.painted")
             taken = page.evaluate(PRESS, args.keys)
             before = store.count_labels(project)
             message = page.evaluate(BURST)
