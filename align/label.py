@@ -158,8 +158,8 @@ def _serve_until(config: Config, store: LabelStore, project: Project, wanted: in
             f"  label: project {project.name} is open at {site.origins[0]}/label/?project={quote(project.name)}"
         )
         if link := first_link(store, site):
-            whose = "you" if app.local else "the first admin, who invites the others"
-            progress.say(f"  label: this link lets in {whose}, once: {link}")
+            whose = "you in" if app.local else "in the first admin, who invites the others"
+            progress.say(f"  label: this link lets {whose}, once: {link}")
         progress.say(
             "  label: stop with Ctrl-C at any time; the same command goes on. label.finish=true ends it early."
         )
