@@ -43,7 +43,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prefix_cost.py $(RESULTS)
 	$(BIN)/python benchmarks/ppo_vs_trl.py $(RESULTS)
 
-## make soak              the label store and app under load and SIGKILL, in full (about 10 min)
+## make soak              the label store and app under load and SIGKILL, in full (about 7 min)
 soak: $(VENV)/.dev
 	$(BIN)/python benchmarks/labeling_caps.py --seeds 20
 	$(BIN)/python benchmarks/labeling_kill.py --kills 20 --labels 5000
