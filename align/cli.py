@@ -66,6 +66,10 @@ def label(
     invite: Annotated[
         str | None, typer.Option(metavar="ROLE", help="Print a link that lets one person join, and end.")
     ] = None,
+    bring: Annotated[
+        Path | None,
+        typer.Option("--import", metavar="FILE", help="Add a file's comparisons to what people label, and end."),
+    ] = None,
 ) -> None:
     """Stage 3: turn comparisons, or an existing dataset, into preferences; or serve the app where people label."""
     overrides = [*(overrides or []), *(["label.source=people", "label.app.local=true"] if local else [])]
@@ -74,6 +78,12 @@ def label(
         from align.label import invitation
 
         typer.echo(invitation(load_config(config, overrides), invite))
+        return
+    if bring is not None:
+        from align.config_file import load_config
+        from align.label import import_file
+
+        typer.echo(import_file(load_config(config, [*overrides, "label.source=people"]), bring))
         return
     _stage("label", config, overrides, force)
 
@@ -100,6 +110,21 @@ def ppo(config: ConfigFile, overrides: Overrides = None, force: Force = False) -
 def compare(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
     """Stage 7: compare the models on held-out prompts and write the report."""
     _stage("compare", config, overrides, force)
+
+
+@app.command()
+def score(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A reward stage's folder, a reward model's, or a hub id.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL of prompts with answers.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write; without it, standard output.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers a forward pass.")] = 16,
+) -> None:
+    """Score answers with a reward model: JSONL in, JSONL with rewards out."""
+    from align.score import score_file
+
+    score_file(run, file, out, batch_size)
 
 
 @app.command()

@@ -252,6 +252,10 @@ class LabelSection(Section):
     )
     annotators: int = Field(6, gt=0, description="Size of the simulated panel.")
     labels_per_item: int = Field(3, gt=0, description="Labels by different annotators on each pair of answers.")
+    aggregate: Literal["majority", "dawid-skene", "bradley-terry"] = Field(
+        "majority",
+        description="How the labels of a pair become one preference: one vote each, or weighed by reliability.",
+    )
     store: FilePath | None = Field(
         None,
         description="The label database: a file, or postgresql://user@host/name (the password belongs into PGPASSWORD "
@@ -265,6 +269,10 @@ class LabelSection(Section):
     )
     policy: Literal["random", "least", "active"] = Field(
         "random", description="people: which item comes next: any, the least labelled, or the least certain."
+    )
+    uncertain_by: PathOrName | None = Field(
+        None,
+        description="people: with policy active, the reward run, or model, whose uncertainty orders the items.",
     )
     criteria: list[str] = Field(
         [], description="people: what answers are rated for from 1 to 5, beside the preference."
@@ -282,10 +290,42 @@ class LabelSection(Section):
     )
 
 
+class GateSection(Section):
+    """What a reward model must show on held-out pairs before a policy may climb it; see `reward.trust_gate.Gate`."""
+
+    min_pairs: int = Field(30, gt=0, description="Held-out pairs below which nothing is said.")
+    min_accuracy: float = Field(
+        0.5, ge=0, le=1, description="What the lower end of held-out accuracy must be above; 0.5 is a coin."
+    )
+    min_beyond_length: float = Field(
+        0.5, ge=0, le=1, description="The same with length taken out, where counting characters gives 0.5 at most."
+    )
+    max_below_baseline: float = Field(
+        0.05, ge=0, le=1, description="How far below length alone or words alone its accuracy may be settled to be."
+    )
+    max_ece: float = Field(
+        0.1, ge=0, le=1, description="Calibration error after temperature scaling, beside what chance makes."
+    )
+    max_length_correlation: float = Field(
+        0.8, ge=0, le=1, description="Rank correlation, either way, of reward and length within a prompt."
+    )
+    max_probe_rate: float = Field(0.5, ge=0, le=1, description="Share of answers whose reward a probe may raise.")
+    min_probe_gain: float = Field(
+        0.1, ge=0, description="Mean gain, in standard deviations of rewards, below which a probe is harmless."
+    )
+    max_flips: float = Field(0.1, ge=0, le=1, description="Share of pairs that white space at the end may turn round.")
+    forgiven_probes: list[str] = Field(
+        [], description="Probes that only warn, such as refusal where the labels prefer refusing."
+    )
+
+
 class RewardSection(EpochSection):
     """The reward model: TRL's RewardTrainer, LoRA + score head on the SFT model."""
 
     config_class: ClassVar[str] = "trl.RewardConfig"
+    base: PathOrName | None = Field(
+        None, description="Another model to train on, such as an encoder (hub id or folder); null: the SFT model."
+    )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     margin: bool = Field(False, description="Ask for a gap of at least the label's margin between the two rewards.")
     group_pairs: bool = Field(
@@ -293,7 +333,30 @@ class RewardSection(EpochSection):
         description="All pairs of a prompt are one element of a batch, and each of its answers is read once; "
         "per_device_train_batch_size then counts prompts.",
     )
+    disagreement: Literal["ignore", "soft", "weight"] = Field(
+        "ignore",
+        description="What labels against the winner do: nothing, make its win a probability, or weigh the pair less.",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of wrong labels that is assumed.")
+    ties: Literal["ignore", "davidson", "rao-kupper"] = Field(
+        "ignore", description="How tied pairs enter the loss: not at all, or by one of the two likelihoods with ties."
+    )
+    ensemble: int = Field(
+        1, gt=0, description="Score heads, each trained on a reweighting of the prompts; their spread is uncertainty."
+    )
     center_rewards_coefficient: float | None = Field(0.01, ge=0, description="Pull towards rewards of mean zero.")
+    probed: int = Field(64, gt=0, description="Held-out answers that the trust report's probes are tried on, at most.")
+    trust: Literal["enforce", "ignore"] = Field(
+        "enforce", description="Whether ppo refuses the reward model where it fails a check of its trust report."
+    )
+    gate: GateSection = Field(default_factory=GateSection, description="Thresholds of the trust report's checks.")
+    aggregate: Literal["mean", "min", "lcb"] = Field(
+        "mean",
+        description="What of an ensemble ppo climbs: the mean, the least head's score, or a lower confidence bound.",
+    )
+    lcb_coefficient: float = Field(
+        1.0, ge=0, description="Standard deviations over heads that the bound lies below the mean."
+    )
 
 
 # TRL 1.16 learns of an unknown one only in the first training step.

@@ -19,7 +19,7 @@ from align.runs import Run, is_done
 from labeling_ui.address import Address
 from labeling_ui.panel import HiddenPreference, label_with_panel, make_panel
 from labeling_ui.store import LabelStore, Project, Settings
-from reward.aggregate import preferences
+from reward.aggregate import Preferences, preferences
 from reward.records import InputError, Record, prompt_text, read_jsonl, write_jsonl
 
 
@@ -41,7 +41,7 @@ def run_label(config: Config, run: Run) -> dict[str, Any]:
                     f"project {project.name} has {count} labels, label.min_labels wants {config.label.min_labels}."
                 )
             _export(store, project, run)
-        found = preferences(store.votes(project), simulated=project.simulated)
+        found = preferences(store.votes(project), simulated=project.simulated, method=config.label.aggregate)
         labels, digest = store.count_labels(project), store.digest(project)
     summary = _write(run, found.records, found.ties, [])
     return summary | {
@@ -49,7 +49,18 @@ def run_label(config: Config, run: Run) -> dict[str, Any]:
         "labels_digest": digest,
         "identical": found.identical,
         "unlabelled": found.unlabelled,
+        "aggregate": config.label.aggregate,
+        **_reliability(found),
     }
+
+
+def _reliability(found: Preferences) -> dict[str, Any]:
+    """What the annotators' reliability was found to be, said aloud; nothing for plain majority."""
+    if not found.reliability:
+        return {}
+    known, doubtful = len(found.reliability), len(found.uninformative)
+    progress.say(f"  label: {doubtful} of {known} annotators tell next to nothing or have it reversed")
+    return {"annotators": known, "uninformative": doubtful}
 
 
 def store_address(config: Config) -> str:
@@ -98,7 +109,23 @@ def collect(config: Config) -> None:
                 f"label.labels is {wanted}, but {items} items with label.labels_per_item={_overlap(config)} can get "
                 f"{items * _overlap(config)} labels: ask for fewer, or for more labels an item."
             )
+        _prioritise(config, store, project)
         _serve_until(config, store, project, wanted)
+
+
+def _prioritise(config: Config, store: LabelStore, project: Project) -> None:
+    """Ask first where a reward model is least certain; looked at anew at every start, for items may have come."""
+    if config.label.uncertain_by is None:
+        return
+    if config.label.policy != "active":
+        raise InputError(
+            f"label.uncertain_by orders the items under label.policy: active, but the policy is {config.label.policy}: "
+            "set one or the other."
+        )
+    from align.uncertainty import prioritise
+
+    scored = prioritise(store, project, config.label.uncertain_by)
+    progress.say(f"  label: {scored} items come by the uncertainty of {config.label.uncertain_by}")
 
 
 def _project(config: Config, store: LabelStore) -> Project:
@@ -129,6 +156,26 @@ def _import(config: Config, store: LabelStore, project: Project) -> None:
         found = store.add_items(project, read_jsonl(made))
         if found.added:
             progress.say(f"  label: {found.added} items from {made} were added to project {project.name}")
+
+
+def import_file(config: Config, path: Path) -> str:
+    """Add the comparisons of a file to the project that people label; in words, what it was and what was added.
+
+    Raises:
+        InputError: it is no file of comparisons; nothing was added. What it quotes of the file cannot drive a terminal.
+    """
+    from labeling_ui.exchange import read_comparisons
+    from labeling_ui.render import visible
+
+    try:
+        records, sentence = read_comparisons(path, test_share=config.data.test_share)
+        with LabelStore(store_address(config)) as store:
+            project = _project(config, store)
+            found = store.add_items(project, records)
+            said = f"{sentence}\nProject {project.name} in {store.database.name}: {found.sentence()}"
+    except InputError as error:
+        raise InputError(visible(str(error)).replace("\r", " ")) from error
+    return visible(said).replace("\r", " ")
 
 
 def invitation(config: Config, role: str) -> str:

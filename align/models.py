@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align import reward_heads
 from align.config import AdapterSection, ModelSection
 from reward.records import InputError, file_digest
 
@@ -101,11 +102,21 @@ def load_causal_lm(path: str, section: ModelSection, dtype: torch.dtype | None =
     return _load(AutoModelForCausalLM, path, section, dtype)[0]
 
 
-def load_reward_base(path: str, section: ModelSection, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The same base with a freshly initialised scalar score head (`num_labels=1`), to be trained or overwritten."""
+def load_reward_base(
+    path: str, section: ModelSection, dtype: torch.dtype | None = None, heads: int = 1
+) -> PreTrainedModel:
+    """The same base with freshly initialised score heads, to be trained.
+
+    The model's `fresh_modules` names the modules that came from no file: they must be trained whole.
+    """
     from transformers import AutoModelForSequenceClassification
 
-    return _load(AutoModelForSequenceClassification, path, section, dtype, num_labels=1)[0]
+    model, info = _load(AutoModelForSequenceClassification, path, section, dtype, num_labels=1)
+    fresh = {name.rpartition(".")[0] for name in info["missing_keys"]}
+    model.fresh_modules = sorted({reward_heads.head_place(model), *fresh})
+    if heads > 1:
+        reward_heads.widen(model, heads)
+    return model
 
 
 def _load(
@@ -226,33 +237,97 @@ def load_policy(folder: str, section: ModelSection) -> Any:
     return PeftModel.from_pretrained(load_causal_lm(str(base), section), folder)
 
 
-def load_reward_model(folder: str, section: ModelSection) -> Any:
-    """A reward model from a stage's `model` folder, as plain transformers + PEFT load it.
+def load_reward_model(place: str, section: ModelSection, dtype: torch.dtype | None = None) -> Any:
+    """A reward model from a stage's `model` folder or a hub id: a whole model, or an adapter with its base.
+
+    Every weight is read from a file; several heads that were saved beside it are put back (`align.reward_heads`).
 
     Raises:
-        InputError: no score head was saved in the folder; a random head is never used in its place.
+        InputError: there is nothing to load, a weight would be random, or the head has not one output.
     """
+    try:
+        load = _adapted_reward_model if _is_adapter(place) else _whole_reward_model
+        model = load(place, section, dtype)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot load the reward model {place}: {_first_line(error)}") from error
+    if Path(place).is_dir():
+        reward_heads.restore(model, Path(place))
+    return model
+
+
+def _is_adapter(place: str) -> bool:
+    from transformers.utils import find_adapter_config_file
+
+    return find_adapter_config_file(place) is not None
+
+
+def _whole_reward_model(place: str, section: ModelSection, dtype: torch.dtype | None) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    if not (Path(folder) / "adapter_config.json").is_file():
-        # A head with several outputs is let through here and refused below, with a sentence.
-        model, info = _load(
-            AutoModelForSequenceClassification, folder, section, None, num_labels=1, ignore_mismatched_sizes=True
-        )
-        lost = sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
-        if lost:
-            raise InputError(f"{folder} has no score head with one output ({', '.join(lost)}): train `reward` again.")
-        return model
-    from peft import PeftConfig, PeftModel
-    from safetensors import safe_open
+    # Heads of another size are let through here and refused below, with a sentence.
+    model, info = _load(
+        AutoModelForSequenceClassification, place, section, dtype, num_labels=1, ignore_mismatched_sizes=True
+    )
+    _refuse_random(place, model, set(info["missing_keys"]), {name: there for name, there, _ in info["mismatched_keys"]})
+    return model
 
-    with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as tensors:
-        if not any(".score." in name for name in tensors.keys()):  # noqa: SIM118 (a file handle, not a dict)
-            raise InputError(
-                f"{folder} has no score head: train it with task_type SEQ_CLS and modules_to_save=['score']."
-            )
-    base = str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
-    return PeftModel.from_pretrained(load_reward_base(base, section), folder)
+
+def _adapted_reward_model(place: str, section: ModelSection, dtype: torch.dtype | None) -> Any:
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+    from transformers import AutoModelForSequenceClassification
+
+    base = str(PeftConfig.from_pretrained(place).base_model_name_or_path)
+    model, info = _load(
+        AutoModelForSequenceClassification, base, section, dtype, num_labels=1, ignore_mismatched_sizes=True
+    )
+    # An adapter brings its head along, under the base model's names.
+    weights = load_peft_weights(place, device="cpu")
+    own = {name.removeprefix("base_model.model."): tuple(weight.shape) for name, weight in weights.items()}
+    _refuse_random(place, model, set(info["missing_keys"]) - set(own), own)
+    model = PeftModel.from_pretrained(model, place)
+    if absent := set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(weights):
+        raise InputError(f"{place} does not fit its base {base}: {len(absent)} of its weights are missing.")
+    return model
+
+
+def _refuse_random(place: str, model: Any, random: set[str], shapes: dict[str, Any]) -> None:
+    """Refuse a model some of whose weights were in no file: a random head is never used in place of a trained one."""
+    own = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    wrong = [
+        f"{name} is {tuple(shape)}, not {own[name]}"
+        for name, shape in shapes.items()
+        if own.get(name, tuple(shape)) != tuple(shape)
+    ]
+    if wrong:
+        raise InputError(f"{place} is no reward model with one label: {'; '.join(sorted(wrong))}.")
+    if random:
+        raise InputError(
+            f"{place} has no trained score head ({', '.join(sorted(random))} would be random): give a sequence "
+            "classifier with one label, or an adapter with task_type SEQ_CLS and modules_to_save of its head."
+        )
+
+
+def load_reward_tokenizer(place: str) -> Any:
+    """The tokenizer saved beside a reward model, or its base's.
+
+    Raises:
+        InputError: there is neither.
+    """
+    from peft import PeftConfig
+    from transformers import AutoTokenizer
+
+    base = [str(PeftConfig.from_pretrained(place).base_model_name_or_path)] if _is_adapter(place) else []
+    for source in (place, *base):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError):
+            continue
+        if len(tokenizer) > len(tokenizer.all_special_ids):  # else made up from the model's config
+            return tokenizer
+    raise InputError(f"{place} has no tokenizer: save the one that the model was trained with beside it.")
 
 
 def merged(model: Any) -> Any:

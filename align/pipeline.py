@@ -35,6 +35,11 @@ from reward.records import InputError, file_digest
 NEUTRAL_KEYS = {"logging_steps", "save_steps", "save_total_limit", "report_to", "run_name", "dataloader_num_workers"}
 # What decides how people are asked, not what they said: their labels are an input of the stage by themselves.
 NEUTRAL_KEYS |= {"finish", "labels", "guidelines", "lease_seconds", "gold_share", "policy", "criteria", "blind_pairs"}
+NEUTRAL_KEYS |= {"uncertain_by"}
+
+
+# What decides how the reward model is used, not what it is.
+USE_OF_REWARD = ("reward.trust", "reward.aggregate", "reward.lcb_coefficient")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,10 @@ def _labelled(config: Config) -> list[str]:
     return ["sample"] if asked else []
 
 
+def _trained_on(config: Config) -> list[str]:
+    return ["label"] if config.reward.base else _on_sft("label")(config)
+
+
 def _rewarded(config: Config) -> list[str]:
     return _on_sft(*(["reward"] if "reward" in config.ppo.rewards else []))(config)
 
@@ -81,7 +90,7 @@ STAGES = {
     "sft": Stage("align.sft:run_sft", lambda c: [], ["demonstrations"], trains=True),
     "sample": Stage("align.sample:run_sample", _sampled, ["demonstrations", "prompts"]),
     "label": Stage("align.label:run_label", _labelled, ["preferences"]),
-    "reward": Stage("align.reward_model:run_reward", _on_sft("label"), trains=True),
+    "reward": Stage("align.reward_model:run_reward", _trained_on, trains=True),
     "dpo": Stage("align.dpo:run_dpo", _on_sft("label"), trains=True),
     "ppo": Stage("align.ppo.stage:run_ppo", _rewarded, ["demonstrations", "prompts", "preferences"], trains=True),
     "compare": Stage("align.compare.stage:run_compare", _compared, ["demonstrations", "prompts", "preferences"]),
@@ -156,8 +165,11 @@ def stage_inputs(config: Config, name: str) -> dict[str, Any]:
     sections = [name, "model", *(["data"] if stage.files else []), *(["label"] if name == "compare" else [])]
     for section in sections:
         for key, value in _flat(config.section(section).model_dump(mode="json"), section):
-            if key.rpartition(".")[2] not in NEUTRAL_KEYS and not key.startswith(("data.", "label.app.")):
+            neutral = key.rpartition(".")[2] in NEUTRAL_KEYS or key.startswith(("data.", "label.app.", "reward.gate."))
+            if not neutral and key not in USE_OF_REWARD:
                 inputs[key] = value
+    if name == "ppo" and "reward" in config.ppo.rewards:
+        inputs |= {key: getattr(config.reward, key.partition(".")[2]) for key in USE_OF_REWARD}
     if stage.files:
         inputs |= {"data.test_share": config.data.test_share, "data.max_rows": config.data.max_rows}
     for key in stage.files:

@@ -225,6 +225,7 @@ def reward(args: argparse.Namespace, folder: str) -> Any:
 
     from align import models
     from align.config import ModelSection
+    from reward.elements import Labels
     from reward.training import reward_trainer
 
     tokenizer, rows = pairs(args)
@@ -235,7 +236,7 @@ def reward(args: argparse.Namespace, folder: str) -> Any:
         rows,
         RewardConfig(**settings(args, folder)),
         harness.lora("SEQ_CLS", modules_to_save=["score"]),
-        margin=False,
+        Labels(),
     )
     lean(args.side, trainer.model)
     return trainer

@@ -51,9 +51,34 @@ def main() -> None:
             rows.append(
                 [str(length), str(count), f"{said:.2f}", harness.spread(found), f"{found['median'] / said:.2f}"]
             )
+    alone = harness.middle(nothing_shared(plain, shared, rounds=max(5, args.rounds)))
     text = harness.markdown(["prompt tokens", "K", "predicted", "measured", "measured / predicted"], rows)
+    text += (
+        "\n\nRows that share nothing (8 of 256 tokens, forward and backward through an input that wants a gradient): "
+        f"plain over shared {harness.spread(alone, digits=3)}; below 1 is what looking for prefixes costs."
+    )
     claim = "`benchmarks/prefix_cost.py`: time of plain rows over that of shared ones, K answers of 64 tokens."
-    harness.finish("prefix cost", claim, {"table": record}, text, args.results)
+    harness.finish("prefix cost", claim, {"table": record, "nothing_shared": alone}, text, args.results)
+
+
+def nothing_shared(plain: Any, shared: Any, rounds: int) -> list[float]:
+    """Time of plain rows over that of the same rows with prefixes looked for in vain, forward and backward."""
+    import torch
+
+    ids = torch.randint(5, 40_000, (8, 256))
+    ids[:, 0] = torch.arange(10, 18)  # no two begin alike
+    ratios = []
+    for number in range(rounds + 1):
+        seconds = {}
+        for name, model in (("plain", plain), ("shared", shared))[:: 1 if number % 2 else -1]:
+            started = time.perf_counter()
+            scale = torch.ones((), requires_grad=True)
+            hook = model.get_input_embeddings().register_forward_hook(lambda *given, scale=scale: given[-1] * scale)
+            model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+            hook.remove()
+            seconds[name] = time.perf_counter() - started
+        ratios.append(seconds["plain"] / seconds["shared"])
+    return ratios[1:]  # the first is warm-up
 
 
 def build() -> tuple[Any, Any]:
@@ -61,7 +86,7 @@ def build() -> tuple[Any, Any]:
     from align.config import ModelSection
     from align.prefix import share_prefixes
 
-    plain = models.load_causal_lm(harness.base_folder(), ModelSection()).eval().get_decoder()
+    plain = models.load_causal_lm(harness.base_folder(), ModelSection()).eval().requires_grad_(False).get_decoder()
     shared = copy.deepcopy(plain)
     if reason := share_prefixes(shared):
         raise SystemExit(f"prefixes are not shared: {reason}")

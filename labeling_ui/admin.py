@@ -27,8 +27,9 @@ from labeling_ui import exchange, quality
 from labeling_ui.accounts import Accounts, Annotator
 from labeling_ui.agreement import Estimate
 from labeling_ui.assignment import Refused
+from labeling_ui.checks import is_storable
 from labeling_ui.page import mount
-from labeling_ui.render import answer_html
+from labeling_ui.render import answer_html, visible
 from labeling_ui.store import LabelStore, Project, Settings
 from reward.records import InputError, prompt_text
 
@@ -71,7 +72,8 @@ def _routes(app: FastAPI, store: LabelStore, who: Who) -> None:
             return sentence, store.add_items(store.project(project), records)
 
         sentence, found = await run_in_threadpool(do)
-        return JSONResponse({"detected": sentence, "added": found.added, "there": found.there})
+        told = {"detected": sentence, "added": found.added, "there": found.there, "identical": found.identical}
+        return JSONResponse(told)
 
     @app.get("/api/admin/export")
     def export(request: Request, project: str) -> Response:
@@ -99,10 +101,12 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
                 found = who(request)
                 if found is None or not found.may(role):
                     raise gr.Error(f"This is for {role}s: log in as one.", print_exception=False)
+                if not all(is_storable(value) for value in values if isinstance(value, str)):
+                    raise gr.Error("A text holds the character 0 or half of a character.", print_exception=False)
                 try:
                     return handler(*values, **named)
                 except InputError as error:
-                    raise gr.Error(html.escape(str(error)), print_exception=False) from error
+                    raise gr.Error(_text(error), print_exception=False) from error
 
             return checked
 
@@ -129,6 +133,9 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
                 best = gr.Textbox(label="Of a ranking: answers from 1, best first, such as 3 > 1 = 2")
                 decide = gr.Button("Decide: this overrides the labels")
             decided = gr.Markdown()
+        with gr.Tab("Remarks"):
+            gr.Markdown("What annotators wrote beside their labels, the newest first.")
+            remarked = gr.Markdown(latex_delimiters=[])
         with gr.Tab("Project"):
             new_name = gr.Textbox(label="Name of a new project, or of one to change")
             mode = gr.Radio(["pairwise", "ranking"], value="pairwise", label="Mode")
@@ -149,7 +156,7 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
             )
             pasted = gr.Textbox(label="Comparisons", lines=8, max_length=5_000_000)
             bring = gr.Button("Import into the selected project")
-            brought = gr.Markdown()
+            brought = gr.Markdown(latex_delimiters=[])
             download = gr.Markdown(latex_delimiters=[])
         with gr.Tab("People"):
             people = gr.Markdown(latex_delimiters=[])
@@ -169,15 +176,15 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
             known = names()
             chosen = name if name in known else (known[0] if known else None)
             if chosen is None:
-                return gr.update(choices=[], value=None), "<p>There is no project yet.</p>", "", "", _people(accounts)
+                none = "<p>There is no project yet.</p>"
+                return gr.update(choices=[], value=None), none, "", "", "", _people(accounts)
             found = store.project(chosen)
-            link = f"/api/admin/export?project={_query(chosen)}"
-            export = f'<p><a href="{link}">Download everything of {_text(chosen)}</a></p>'
             return (
                 gr.update(choices=known, value=chosen),
                 block(progress_html(store, found)),
                 block(disagreements_html(store, found)),
-                export,
+                block(remarks_html(store, found)),
+                block(export_html(found)),
                 _people(accounts),
             )
 
@@ -220,7 +227,8 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
         def import_pasted(name: str, text: str, request: gr.Request) -> str:
             records, sentence = exchange.read_comparisons(text.encode("utf-8", "replace"), "what was pasted")
             found = store.add_items(store.project(name), records)
-            return _text(f"{sentence} {found.added} items added, {found.there} were there.")
+            told = _text(f"{sentence} {found.sentence()}")
+            return block(f"<p>{told}</p>")
 
         @only("admin")
         def make_invitation(role: str, request: gr.Request) -> str:
@@ -240,7 +248,7 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
             accounts.disable(name.strip(), disabled=False)
             return "Let in again.", _people(accounts)
 
-        shown = [project, report, contested, download, people]
+        shown = [project, report, contested, remarked, download, people]
         options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "queue": True}
         blocks.load(show, [project], shown, **options)
         refresh.click(show, [project], shown, **options)
@@ -262,7 +270,7 @@ def build_admin(store: LabelStore, accounts: Accounts, who: Who, origin: str) ->
 
 
 def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+    return html.escape(visible(str(value)), quote=True)
 
 
 def _query(name: str) -> str:
@@ -286,8 +294,8 @@ def ranking_of(text: str) -> list[list[int]]:
 
 
 def block(text: str) -> str:
-    """HTML as one block of Markdown, which ends at an empty line."""
-    return text.replace("\n", "&#10;")
+    """HTML as one block of Markdown, which ends at an empty line; Markdown takes a carriage return for a line too."""
+    return text.replace("\r", "&#13;").replace("\n", "&#10;")
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
@@ -352,6 +360,24 @@ def disagreements_html(store: LabelStore, project: Project, most: int = 50) -> s
             f"<h3>First</h3>{answer_html(texts[each.pair[0]])}<h3>Second</h3>{answer_html(texts[each.pair[1]])}</details>"
         )
     return "".join(parts) or "<p>None.</p>"
+
+
+def remarks_html(store: LabelStore, project: Project, most: int = 400) -> str:
+    """What annotators wrote beside their labels: flags, reasons of skips, comments, better answers."""
+    found = quality.remarks(store, project)
+    rows = [[each.annotator, each.key, each.kind, _cut(each.text)] for each in found[:most]]
+    more = f"<p>The newest {most} of {len(found)}; the export has all.</p>" if len(found) > most else ""
+    return table(["annotator", "item", "what", "words"], rows) + more if found else "<p>None.</p>"
+
+
+def _cut(text: str, most: int = 2000) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def export_html(project: Project) -> str:
+    """The link that downloads everything."""
+    link = f"/api/admin/export?project={_query(project.name)}"
+    return f'<p><a href="{link}">Download everything of {_text(project.name)}</a></p>'
 
 
 def export_all(store: LabelStore, project: Project, folder: Path) -> None:

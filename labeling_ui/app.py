@@ -7,6 +7,7 @@ own, and headers that let a page run no script and load nothing from elsewhere.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -227,12 +228,23 @@ def _log_in_routes(app: FastAPI, accounts: Accounts, site: Site) -> None:
         return welcome(cookie)
 
     @app.get("/local")
-    def local(token: str = "") -> Response:
-        # The token is an invitation: it lets in once, from this machine's browser.
-        if not site.local or accounts.invited_role(token) is None:
+    def local_page(token: str = "") -> Response:
+        # Looking at a link, as mail scanners and browsers do of their own accord, must not use it up.
+        if not site.local or accounts.invited_role(token) != "admin":
             return page("local.html", status=403)
-        accounts.use_invitation(token, LOCAL_NAME)
-        return welcome(accounts.local(LOCAL_NAME))
+        return page("enter.html", token=token)
+
+    @app.post("/local")
+    async def local(request: Request) -> Response:
+        token = str((await request.form()).get("token", ""))
+        # The token is an invitation: it lets in once, from this machine's browser.
+        if not site.local or await run_in_threadpool(accounts.invited_role, token) != "admin":
+            return page("local.html", status=403)
+        try:
+            await run_in_threadpool(accounts.use_invitation, token, LOCAL_NAME)
+        except Denied:
+            return page("local.html", status=403)
+        return welcome(await run_in_threadpool(accounts.local, LOCAL_NAME))
 
     @app.post("/logout")
     def log_out(request: Request) -> Response:
@@ -244,10 +256,14 @@ def _log_in_routes(app: FastAPI, accounts: Accounts, site: Site) -> None:
 
 
 def _template(name: str, **values: str) -> str:
+    return str(_templates().get_template(name).render(**values))
+
+
+@functools.cache
+def _templates() -> Any:
     from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(loader=FileSystemLoader(STATIC), autoescape=True)
-    return environment.get_template(name).render(**values)
+    return Environment(loader=FileSystemLoader(STATIC), autoescape=True)
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------

@@ -19,24 +19,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from labeling_ui import statements as st
+from labeling_ui.checks import check_judgement, checked_note, checked_seconds, is_order
+from labeling_ui.project import Event, Item, Project
+from labeling_ui.projection import append, event_of_key, event_row, read_item, recount, same_said, shown_digest
 from labeling_ui.schema import EVENT, LABEL, LEASE
-from labeling_ui.store import (
-    Event,
-    Item,
-    LabelStore,
-    Project,
-    append,
-    check_judgement,
-    checked_note,
-    checked_seconds,
-    event_of_key,
-    event_row,
-    is_order,
-    read_item,
-    recount,
-    same_said,
-    shown_digest,
-)
+from labeling_ui.store import LabelStore
 from reward.records import InputError
 
 UNDO_DEPTH = 20

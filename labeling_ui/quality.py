@@ -14,7 +14,8 @@ from statistics import median
 
 from labeling_ui import agreement
 from labeling_ui.agreement import Estimate, SideBias
-from labeling_ui.store import Event, Item, LabelStore, Project, fold
+from labeling_ui.projection import fold
+from labeling_ui.store import Event, Item, LabelStore, Project
 from reward.aggregate import TIE, Vote
 
 # An item and two of its answers, the lower index first.
@@ -91,6 +92,16 @@ class Disagreement:
 
 
 @dataclass(frozen=True, slots=True)
+class Remark:
+    """Words that an annotator left with an item; `kind`: flag, skip (its reason), comment or better answer."""
+
+    key: str
+    annotator: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reliability:
     """How likely an annotator names the side that is right, as Dawid and Skene's model sees it from `votes` votes."""
 
@@ -143,6 +154,20 @@ def disagreements(store: LabelStore, project: Project) -> list[Disagreement]:
             opinions = tuple(Opinion(v.annotator, v.value, comments[item_id, v.annotator]) for v in votes)
             found.append(Disagreement(item_id, items[item_id].key, pair, smaller / len(votes), opinions))
     return sorted(found, key=lambda each: (-each.share, -_spread(each.opinions), each.item_id, each.pair))
+
+
+WORDS = {"flag": "flag", "skip": "reason", "comment": "comment", "better answer": "rewrite"}
+
+
+def remarks(store: LabelStore, project: Project) -> list[Remark]:
+    """The words beside the labels and skips that count, the newest first."""
+    events, items = _read(store, project)
+    return [
+        Remark(items[event.item_id].key, event.annotator, kind, event.body[name])
+        for event in reversed(events)
+        for kind, name in WORDS.items()
+        if event.body.get(name)
+    ]
 
 
 def reliability(store: LabelStore, project: Project) -> list[Reliability]:

@@ -2,7 +2,7 @@
 
 What a model wrote, and what somebody imported, is hostile. Markdown is rendered without raw HTML and the result passes
 an allow-list of tags that can neither run a script, load anything from elsewhere, lie over the page nor send a form.
-LaTeX is shown as code: a renderer in the browser would be one more thing to trust.
+LaTeX becomes MathML on the server (`labeling_ui.formula`): a renderer in the browser would be one more thing to trust.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import functools
 import re
 import unicodedata
 from typing import Any
+
+from labeling_ui import formula
 
 TAGS = {
     "p", "br", "hr", "strong", "em", "s", "code", "pre", "blockquote", "ul", "ol", "li", "h3", "h4", "h5", "h6",
@@ -23,12 +25,20 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202d\u202e\ud800-\u
 _INKLESS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 # What opens math, what closes it, and how long it may be: each mark that is never closed costs only so long a search.
 _MATH = {"$$": ("$$", 2000), r"\[": (r"\]", 2000), r"\(": (r"\)", 1000)}
+_INLINE_DOLLAR = ("$", 1000)
+# A formula on lines of its own: of a mark that is never closed, so many lines are searched.
+MOST_LINES = 40
+# "$5 and 6$" speaks of money, "$5 \times 6$" does not.
+_PROSE = re.compile(r"\d[^$]*\s[^\W\d_]{2,}")
+# Of formulas in one text, in characters and ten for each; the rest of them is shown as it was written.
+MOST_MATH = 20_000
 # Markdown fills the short rows of a table, so that a small text can become a huge page.
 MOST_CELLS = 50_000
 
 
 def answer_html(text: str) -> str:
-    """Markdown as HTML with nothing in it but the tags above, `start` on a list and the class `math` on a span."""
+    """Markdown as HTML with nothing in it but the tags above, `start` on a list, the class `math` on a span, and the
+    elements, attributes and classes of `labeling_ui.formula`."""
     return _cached(text) if len(text) <= _CACHED_UP_TO else _rendered(text)
 
 
@@ -50,9 +60,10 @@ def _rendered(text: str) -> str:
     html = visible(_markdown(tables).render(visible(text)))
     return nh3.clean(
         html,
-        tags=TAGS,
-        attributes={"ol": {"start"}, "*": set()},
-        allowed_classes={"span": {"math"}},
+        tags=TAGS | formula.ATTRIBUTES.keys(),
+        attributes={"ol": {"start"}, "*": set(), **formula.ATTRIBUTES},
+        attribute_filter=formula.fits,
+        allowed_classes={"span": {"math"}, **formula.CLASSES},
         clean_content_tags={"script", "style"},
         link_rel=None,
     )
@@ -79,7 +90,9 @@ def _markdown(tables: bool) -> Any:
     parser.add_render_rule("heading_open", _heading("<"))
     parser.add_render_rule("heading_close", _heading("</"))
     parser.inline.ruler.before("escape", "math", _math)
+    parser.block.ruler.before("fence", "math_block", _math_block, {"alt": ["paragraph", "blockquote", "list"]})
     parser.add_render_rule("math", _render_math)
+    parser.add_render_rule("math_block", _render_math)
     return parser
 
 
@@ -91,22 +104,82 @@ def _heading(bracket: str) -> Any:
     return render
 
 
+# -- formulas ---------------------------------------------------------------------------------------------------------
+
+
 def _math(state: Any, silent: bool) -> bool:
-    start = state.pos + 2
-    if (opened := state.src[state.pos : start]) not in _MATH:
-        return False
-    closed, longest = _MATH[opened]
+    """A formula within a line: $...$, $$...$$, \\(...\\) or \\[...\\]."""
+    start, opened = state.pos, state.src[state.pos : state.pos + 2]
+    if opened not in _MATH:
+        if opened[:1] != "$":
+            return False
+        opened = "$"
+    closed, longest = _MATH.get(opened, _INLINE_DOLLAR)
+    first = start + len(opened)
     # One character at least stands between the two.
-    end = state.src.find(closed, start + 1, min(state.posMax, start + longest + len(closed)))
-    if end < 0:
+    last = min(state.posMax, first + longest + len(closed))
+    end = state.src.find(closed, first + 1, last)
+    while opened == "$" and end > 0 and state.src[end - 1] == "\\":
+        end = state.src.find(closed, end + 1, last)
+    if end < 0 or (opened == "$" and not _is_formula(state.src, start, end)):
         return False
     if not silent:
-        state.push("math", "span", 0).content = state.src[state.pos : end + len(closed)]
+        token = state.push("math", "span", 0)
+        token.content, token.markup = state.src[first:end], opened
     state.pos = end + len(closed)
+    return True
+
+
+def _is_formula(text: str, start: int, end: int) -> bool:
+    """Whether two dollar signs enclose a formula: as other Markdown has it, no space within them and no word, number
+    or other dollar sign at them; and no prose between two prices."""
+    before, inner, after = text[start - 1 : start] if start else "", text[start + 1 : end], text[end + 1 : end + 2]
+    if before.isalnum() or after.isalnum() or "$" in (before, after):
+        return False
+    if inner[0].isspace() or inner[-1].isspace():
+        return False
+    return "\\" in inner or not _PROSE.match(inner)
+
+
+def _math_block(state: Any, start: int, last: int, silent: bool) -> bool:
+    """A formula that begins and ends a line: Markdown would take a line of it that begins with - or + for a list."""
+    if state.is_code_block(start):
+        return False
+    at = state.bMarks[start] + state.tShift[start]
+    opened = state.src[at : at + 2]
+    if opened not in _MATH or opened == r"\(":
+        return False
+    closed, longest = _MATH[opened]
+    found: list[str] = []
+    for number in range(start, min(last, start + MOST_LINES)):
+        if number > start and (state.isEmpty(number) or state.sCount[number] < state.blkIndent):
+            return False
+        line = state.src[state.bMarks[number] + state.tShift[number] + 2 * (number == start) : state.eMarks[number]]
+        inner, mark, rest = line.partition(closed)
+        found.append(inner)
+        if mark:
+            break
+    else:
+        return False
+    content = "\n".join(found)
+    # What follows the mark on its line is a full stop or a comma, or this is a formula within a line.
+    if rest.strip() not in ("", ".", ",", ";") or not content.strip() or len(content) > longest:
+        return False
+    if not silent:
+        state.line = number + 1
+        token = state.push("math_block", "p", 0)
+        token.block, token.content, token.markup, token.info = True, content, opened, rest.strip()
+        token.map = [start, state.line]
     return True
 
 
 def _render_math(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
     from markdown_it.common.utils import escapeHtml
 
-    return f'<span class="math">{escapeHtml(tokens[index].content)}</span>'
+    token = tokens[index]
+    env["math"] = env.get("math", 0) + len(token.content) + 10  # a formula of one letter costs time too
+    html = formula.mathml(token.content, block=token.markup in ("$$", r"\[")) if env["math"] <= MOST_MATH else None
+    if html is None:
+        closed = _MATH.get(token.markup, _INLINE_DOLLAR)[0]
+        html = f'<span class="math">{escapeHtml(token.markup + token.content + closed)}</span>'
+    return f"<p>{html}{escapeHtml(token.info)}</p>\n" if token.block else html

@@ -16,14 +16,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from align.compare.plots import interval_of, plots_of
-from align.compare.schema import SCHEMA, MeanFigure, ModelFigures, Report
+from align.compare.plots import plots_of
+from align.compare.schema import SCHEMA, ModelFigures, Report
 from align.compare.statistics import percent, percent_range, standing
+from reward.page import MISSING, decimals, environment, interval_of, number
 from reward.records import write_atomically, write_json
-
-MISSING = "–"
+from reward.statistics import MeanFigure
 
 
 @dataclass(frozen=True)
@@ -70,16 +68,12 @@ def write_report(report: Report, folder: Path) -> Path:
 
 def render_html(report: Report) -> str:
     """The page as one string of HTML."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["short"] = _short
-    environment.filters["plain"] = _plain
-    environment.filters["score"] = _number
-    environment.filters["units"] = _together
+    templates = environment()
+    templates.filters["short"] = _short
+    templates.filters["plain"] = _plain
     template = resources.files("align.compare").joinpath("report.html").read_text(encoding="utf-8")
     columns, rows = _table(report)
-    return environment.from_string(template).render(
-        report=report, columns=columns, rows=rows, plots=plots_of(report), missing=MISSING
-    )
+    return templates.from_string(template).render(report=report, columns=columns, rows=rows, plots=plots_of(report))
 
 
 def markdown_summary(report: Report) -> str:
@@ -111,7 +105,9 @@ def _table(report: Report) -> tuple[list[Column], list[Row]]:
     """Columns and rows of the table of models; simulated preference is a column only where it was measured."""
     judges = [judge["name"] for judge in report["judges"]]
     simulated = any(model["preference"] for model in report["models"])
+    equal = [judge for judge in judges if any(judge in model.get("equal_length", {}) for model in report["models"])][:1]
     columns = [Column(f"Win rate, {judge}", "over base") for judge in judges]
+    columns += [Column("At equal length", f"win rate over base, {judge}") for judge in equal]
     columns.append(Column("Reward", "mean score"))
     if simulated:
         columns.append(Column("Simulated preference", "mean score"))
@@ -124,6 +120,7 @@ def _table(report: Report) -> tuple[list[Column], list[Row]]:
     rows = []
     for model in report["models"]:
         cells = [_win_cell(model, judge) for judge in judges]
+        cells += [_equal_cell(model, judge) for judge in equal]
         cells.append(_mean_cell(model["reward"], "No reward model scored these answers."))
         if simulated:
             cells.append(_mean_cell(model["preference"], "The simulated preference did not score these answers."))
@@ -151,16 +148,25 @@ def _win_cell(model: ModelFigures, judge: str) -> Cell:
     )
 
 
+def _equal_cell(model: ModelFigures, judge: str) -> Cell:
+    figure = model.get("equal_length", {}).get(judge)
+    interval = interval_of(figure) if figure else None
+    if figure is None or interval is None:
+        return Cell(MISSING, note="The others are compared with this model.")
+    note = "The win rate, were its answers as long as the base's: a logistic model with a length term."
+    return Cell(percent(figure["mean"]), percent_range(*interval), standing(*interval), note)
+
+
 def _mean_cell(figure: MeanFigure | None, why_missing: str) -> Cell:
     if figure is None:
         return Cell(MISSING, note=why_missing)
     interval = interval_of(figure)
     if interval is None:
-        return Cell(_number(figure["mean"]), note="One prompt only: its error is unknown.")
-    decimals = _decimals(figure["mean"])
+        return Cell(number(figure["mean"]), note="One prompt only: its error is unknown.")
+    places = decimals(figure["mean"])
     return Cell(
-        _number(figure["mean"]),
-        f"{_number(interval[0], decimals)} to {_number(interval[1], decimals)}",
+        number(figure["mean"]),
+        f"{number(interval[0], places)} to {number(interval[1], places)}",
         note=f"Mean over {figure['n']} prompts",
     )
 
@@ -169,10 +175,10 @@ def _kl_cell(figure: MeanFigure | None) -> Cell:
     if figure is None:
         return Cell(MISSING, note="KL to the SFT reference is not defined for this model.")
     error = figure["standard_error"]
-    text = _number(figure["mean"])
+    text = number(figure["mean"])
     if error is None:
         return Cell(text, note="One prompt only: its error is unknown.")
-    return Cell(f"{text} ± {_number(error, _decimals(figure['mean']))}", note=f"Mean over {figure['n']} prompts")
+    return Cell(f"{text} ± {number(error, decimals(figure['mean']))}", note=f"Mean over {figure['n']} prompts")
 
 
 def _one_line(cell: Cell) -> str:
@@ -180,16 +186,6 @@ def _one_line(cell: Cell) -> str:
 
 
 # Text.
-
-
-def _decimals(value: float) -> int:
-    return 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
-
-
-def _number(value: float, decimals: int | None = None) -> str:
-    """Three or four significant figures, with a true minus sign and never a negative zero."""
-    text = f"{value:z,.{_decimals(value) if decimals is None else decimals}f}"
-    return text.replace("-", "−")
 
 
 def _short(digest: str) -> str:
@@ -200,11 +196,6 @@ def _short(digest: str) -> str:
 def _plain(value: Any) -> str:
     """A setting as text: strings as they are, the rest as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _together(text: str) -> str:
-    """Figures that no line break may tear apart: "81 %", "71–88 %"."""
-    return re.sub(r"(?<=\d)–(?=\d)", "–\u2060", text.replace(" %", "\u00a0%"))
 
 
 def _markdown(text: str) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
 
+from reward.statistics import MeanFigure
+
 SCHEMA = 1
 
 
@@ -20,16 +22,6 @@ class WinRateFigure(TypedDict):
     wins: int
     ties: int
     losses: int
-    n: int
-
-
-class MeanFigure(TypedDict):
-    """A mean with its 95 % interval over n prompts; interval and standard error are None when n is 1."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    standard_error: float | None
     n: int
 
 
@@ -54,6 +46,7 @@ class ModelFigures(TypedDict):
     name: str
     path: str
     win_rate: NotRequired[dict[str, WinRateFigure]]  # by judge; absent or empty for the base
+    equal_length: NotRequired[dict[str, MeanFigure]]  # by judge: the win rate, were answers as long as the base's
     reward: MeanFigure | None  # the reward model's score
     preference: MeanFigure | None  # the simulated preference's score, where labels were simulated
     kl: MeanFigure | None  # nats per answer, to the SFT reference; None where undefined

@@ -23,10 +23,12 @@ from align.generate import Answer, Partial, batches, generate
 from align.label import store_address
 from align.logprobs import Pair, answer_logprobs
 from align.ppo.diagnosis import HEALTH
-from align.runs import Run, lineage, versions
+from align.runs import Run, lineage, read_info, versions
 from align.sample import fitting_prompts, gather_prompts, policy_folder, sft_model
+from align.scorer import Scorer
 from labeling_ui.panel import HiddenPreference, preferred
 from reward.records import InputError, Record, digest, prompt_text, read_jsonl, write_jsonl
+from reward.statistics import MeanFigure
 
 JUDGES = {
     "simulated": (
@@ -62,7 +64,7 @@ def run_compare(config: Config, run: Run) -> dict[str, Any]:
         progress.say(f"  {added} blind pairs were added to project {project_name(config)} of {store_address(config)}")
     pairs = {name: [(p, a.ids) for p, a in zip(ids, answers[name], strict=True)] for name in names}
     logprobs, perplexity = measure(config, names, pairs, tokenizer)
-    rewards = reward_scores(config, pairs, tokenizer) if "reward" in config.stages else {}
+    rewards = reward_scores(config, prompts, answers, pairs, tokenizer) if "reward" in config.stages else {}
     taste = HiddenPreference()
     texts = [prompt_text(record["prompt"]) for record in prompts]
     utility = {
@@ -80,18 +82,29 @@ def run_compare(config: Config, run: Run) -> dict[str, Any]:
 
     figures: list[ModelFigures] = []
     wins: dict[str, dict[str, statistics.WinRate]] = {}
+    controlled: dict[str, dict[str, statistics.Estimate]] = {}
+    lengths = {name: [len(answer.ids) for answer in answers[name]] for name in names}
     seed = config.seed
     for name in names:
-        wins[name] = {judge: statistics.win_rate(outcomes(name, judge)) for judge in judges} if name != names[0] else {}
+        told = {judge: outcomes(name, judge) for judge in judges} if name != names[0] else {}
+        wins[name] = {judge: statistics.win_rate(won) for judge, won in told.items()}
+        controlled[name] = {
+            judge: statistics.length_controlled_win_rate(won, lengths[name], lengths[names[0]])
+            for judge, won in told.items()
+        }
         figures.append(
             {
                 "name": name,
                 "path": policy_folder(config, name),
                 "win_rate": {JUDGES[judge][0]: cast(WinRateFigure, win.record()) for judge, win in wins[name].items()},
+                "equal_length": {
+                    JUDGES[judge][0]: cast(MeanFigure, estimate.record())
+                    for judge, estimate in controlled[name].items()
+                },
                 "reward": _mean(rewards.get(name), seed),
                 "preference": _mean(utility.get(name), seed),
                 "kl": _mean(logprobs.get(name), seed),
-                "length": _mean([len(answer.ids) for answer in answers[name]], seed),
+                "length": _mean(lengths[name], seed),
                 "finished": sum(answer.finished for answer in answers[name]) / len(prompts),
                 "perplexity": perplexity.get(name),
             }
@@ -101,7 +114,7 @@ def run_compare(config: Config, run: Run) -> dict[str, Any]:
         pipeline=config.name,
         created=run.info["started_at"],
         notices=notices(config, judges),
-        verdict=_verdicts(names, judges, wins, figures),
+        verdict=_verdicts(names, judges, wins, controlled, figures),
         judges=[{"name": JUDGES[judge][0], "description": JUDGES[judge][1]} for judge in judges],
         prompts={"n": len(prompts), "split": "test", "digest": digest([record["prompt"] for record in prompts])},
         models=figures,
@@ -221,21 +234,36 @@ def held_out_demonstrations(config: Config, tokenizer: Any) -> list[Pair]:
     return kept[: config.compare.max_prompts]
 
 
-def reward_scores(config: Config, pairs: dict[str, list[Pair]], tokenizer: Any) -> dict[str, list[float]]:
-    """The reward model's score of every model's answers."""
-    from reward.scoring import score
+def reward_scores(
+    config: Config,
+    prompts: list[Record],
+    answers: dict[str, list[Answer]],
+    pairs: dict[str, list[Pair]],
+    tokenizer: Any,
+) -> dict[str, list[float]]:
+    """The reward model's score of every model's answers: from their tokens, or from their text where it has a base and
+    a tokenizer of its own."""
+    from reward.scoring import score, score_rows
 
-    model = models.load_reward_model(str(config.folder("reward") / "model"), config.model)
+    folder = str(config.folder("reward") / "model")
+    model = models.load_reward_model(folder, config.model)
+    conversations = [record["prompt"] for record in prompts]
     scores = {}
     with progress.bar("compare: reward", sum(map(len, pairs.values()))) as report:
         for number, (name, rows) in enumerate(pairs.items()):
             done = number * len(rows)
-            scores[name] = score(
-                model,
-                [prompt + answer for prompt, answer in rows],
-                tokenizer.pad_token_id,
-                on_progress=lambda n, done=done: report(done + n),
-            )
+
+            def told(count: int, done: int = done) -> None:
+                report(done + count)
+
+            if config.reward.base:
+                reader = Scorer(model, models.load_reward_tokenizer(folder), "reward")
+                texts, finished = ([getattr(a, key) for a in answers[name]] for key in ("text", "finished"))
+                found = score(reader, conversations, texts, finished=finished, on_progress=told)
+                scores[name] = [float(value) for value in found.mean]
+            else:
+                whole = [prompt + answer for prompt, answer in rows]
+                scores[name] = score_rows(model, whole, tokenizer.pad_token_id, on_progress=told)
     del model
     training.release()
     return scores
@@ -263,6 +291,12 @@ def notices(config: Config, judges: list[str]) -> list[str]:
             "These labels are simulated: a program with a documented taste stood in for people. The figures show that "
             "the pipeline works, not that people prefer a model."
         )
+    if "ppo" in config.stages:
+        said += _summary(config, "ppo").get("reward_trust", [])
+    if "reward" in judges and not _summary(config, "reward").get("trusted", True):
+        said.append(
+            "The reward model, a judge here, failed its own trust report: what it prefers says little about the models."
+        )
     if judges == ["reward"] and "ppo" in config.stages:
         said.append(
             "The only judge is the reward model that ppo was trained on. Ask people, or a judge that ppo has not seen, "
@@ -271,10 +305,16 @@ def notices(config: Config, judges: list[str]) -> list[str]:
     return said
 
 
+def _summary(config: Config, stage: str) -> dict[str, Any]:
+    summary: dict[str, Any] = (read_info(config.folder(stage)) or {}).get("summary", {})
+    return summary
+
+
 def _verdicts(
     names: list[str],
     judges: list[str],
     wins: dict[str, dict[str, statistics.WinRate]],
+    controlled: dict[str, dict[str, statistics.Estimate]],
     figures: list[ModelFigures],
 ) -> list[str]:
     base = figures[0]
@@ -285,7 +325,9 @@ def _verdicts(
         ratio = length["mean"] / base["length"]["mean"]
         win = wins[name][judges[0]]
         judge = f"the {JUDGES[judges[0]][0]}"
-        sentences.append(statistics.verdict_sentence(name, names[0], win, judge, kl["mean"] if kl else None, ratio))
+        equal = controlled[name][judges[0]]
+        moved = kl["mean"] if kl else None
+        sentences.append(statistics.verdict_sentence(name, names[0], win, judge, moved, ratio, equal))
     return sentences
 
 

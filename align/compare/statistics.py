@@ -1,26 +1,56 @@
-"""The statistics of the verdict: win rates, means, accuracies, and the sentence that says what they settle.
+"""The statistics of the verdict: win rates, and the sentence that says what they settle.
 
 Pure functions on numpy arrays. All intervals are two-sided at 95 %. The unit of evidence is the prompt, not
 the answer: several answers to one prompt resemble each other, and counting them as independent understates
-the error.
+the error. Means, shares and tests that reward models need too are in `reward.statistics`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
+from scipy.special import expit
 
-CONFIDENCE = 0.95
-Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)  # 1.959964
+from reward.statistics import (
+    Estimate,
+    Proportion,
+    Z,
+    accuracy_interval,
+    mean_with_interval,
+    percent,
+    percent_range,
+    sign_test,
+    vector,
+)
 
-# Indices drawn at a time by the bootstrap: 32 MiB of int64, whatever the number of prompts.
-_BLOCK = 2**22
+__all__ = [
+    "Estimate",
+    "PositionBias",
+    "Proportion",
+    "Standing",
+    "WinRate",
+    "accuracy_interval",
+    "holm",
+    "length_controlled_win_rate",
+    "mean_with_interval",
+    "percent",
+    "percent_range",
+    "position_bias",
+    "prompts_wanted",
+    "sign_test",
+    "standing",
+    "verdict_sentence",
+    "win_rate",
+]
+
+# More prompts than this are not proposed to anyone, and from fewer than these nothing is foretold.
+MOST_PROMPTS, FEWEST_TO_PLAN_BY = 10_000, 10
 
 Standing = Literal["better", "worse", "not settled"]
 
@@ -45,39 +75,6 @@ class WinRate:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean in the unit of its values, with its 95 % interval and standard error.
-
-    n counts independent units: clusters (prompts) where they were given, else values. One unit says
-    nothing about its error, so for n = 1 low, high and standard_error are nan.
-    """
-
-    mean: float
-    low: float
-    high: float
-    standard_error: float
-    n: int
-
-    def record(self) -> dict[str, Any]:
-        """The figures as a JSON object; nan, which JSON does not have, becomes null."""
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
-
-
-@dataclass(frozen=True)
-class Proportion:
-    """A share of right answers in [0, 1] with its 95 % interval."""
-
-    rate: float
-    low: float
-    high: float
-    n: int
-
-    def record(self) -> dict[str, Any]:
-        """The figures as a JSON object."""
-        return asdict(self)
-
-
 def win_rate(outcomes: ArrayLike) -> WinRate:
     """Share of prompts won, a tie counting half, with the Wilson score interval on that mean.
 
@@ -94,10 +91,7 @@ def win_rate(outcomes: ArrayLike) -> WinRate:
     Raises:
         ValueError: no outcomes, not one-dimensional, or a value other than 0, 0.5 and 1.
     """
-    won = _vector(outcomes, "outcomes")
-    strange = won[~np.isin(won, (0.0, 0.5, 1.0))]
-    if strange.size:
-        raise ValueError(f"outcomes holds {strange[0]:g}; only 1 (won), 0.5 (tie) and 0 (lost) are outcomes.")
+    won = _outcomes(outcomes)
     n = won.size
     rate = float(won.mean())
     shrink = 1 + Z**2 / n
@@ -115,75 +109,133 @@ def win_rate(outcomes: ArrayLike) -> WinRate:
     )
 
 
-def mean_with_interval(
-    values: ArrayLike, clusters: ArrayLike | None = None, seed: int = 0, resamples: int = 10_000
-) -> Estimate:
-    """Mean of all values, with a percentile bootstrap interval that resamples whole clusters.
+@dataclass(frozen=True)
+class PositionBias:
+    """How far a judge that saw every pair of answers in both orders looks at the side and not at the answer.
+
+    Attributes:
+        first: share of all verdicts for the side shown first, a tie counting half; 0.5 without bias.
+        consistent: share of prompts on which both orders give one verdict.
+        p: two-sided exact p-value of "neither side is preferred as a side", over prompts whose orders disagree.
+        n: prompts.
+    """
+
+    first: float
+    consistent: float
+    p: float
+    n: int
+
+    def record(self) -> dict[str, Any]:
+        """The figures as a JSON object."""
+        return asdict(self)
+
+
+def position_bias(forward_N: ArrayLike, backward_N: ArrayLike) -> PositionBias:
+    """The bias of a judge, from its verdicts on the same prompts in both orders.
 
     Args:
-        values: one-dimensional, finite.
-        clusters: the cluster (prompt) each value belongs to, any labels; None when every value is its own.
-        seed: of the resampling; the same call gives the same interval.
-        resamples: bootstrap draws.
+        forward_N: outcome for the model, 1, 0.5 or 0, where its answer was shown first.
+        backward_N: the same where it was shown second.
 
-    With K clusters of sums S_k and sizes N_k, a draw takes K clusters with replacement and its mean is the
-    ratio ΣS/ΣN (Davison & Hinkley 1997, Bootstrap Methods, chapter 3). The standard error is not drawn but
-    computed, by the linearised ratio estimator sqrt(K/(K-1) Σ(S_k - mean N_k)²) / N, which is s/√n when every
-    value is its own cluster. Below some ten clusters a percentile interval is too narrow: read n beside it.
+    The model's outcome free of the side is the mean of the two: a judge that always names the first side gives 1/2 on
+    every prompt, and `first` is 1. (Zheng et al. 2023, arXiv 2306.05685, section 3.3.)
 
     Raises:
-        ValueError: no values, not one-dimensional, not finite, or not one cluster per value.
+        ValueError: not one outcome each, or a value other than 0, 0.5 and 1.
     """
-    x = _vector(values, "values")
-    if not np.isfinite(x).all():
-        raise ValueError(f"{int((~np.isfinite(x)).sum())} of {x.size} values are nan or infinite: a mean needs finite.")
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; at least 1 is wanted.")
-    if clusters is None:
-        member = np.arange(x.size)
-    else:
-        labels = np.asarray(clusters)
-        if labels.shape != x.shape:
-            raise ValueError(
-                f"clusters has shape {labels.shape} and values {x.shape}; one cluster per value is wanted."
-            )
-        member = np.unique(labels, return_inverse=True)[1]
-    mean = float(x.mean())
-    # Deviations from the mean, so that constant values get an interval of exactly zero width.
-    sum_K = np.bincount(member, weights=x - mean).astype(np.float64)
-    size_K = np.bincount(member)
-    count = size_K.size
-    if count == 1:
-        return Estimate(mean=mean, low=math.nan, high=math.nan, standard_error=math.nan, n=1)
-    means_R = _resampled_means(sum_K, size_K, seed, resamples)
-    low, high = np.quantile(means_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    error = math.sqrt(count / (count - 1) * float((sum_K**2).sum())) / x.size
-    return Estimate(mean=mean, low=mean + float(low), high=mean + float(high), standard_error=error, n=count)
+    ahead_N, behind_N = _outcomes(forward_N), _outcomes(backward_N)
+    if ahead_N.shape != behind_N.shape:
+        raise ValueError(
+            f"{ahead_N.size} verdicts in one order and {behind_N.size} in the other: each twice is wanted."
+        )
+    # For the first side in both orders: the model's outcome ahead, and the other's where the model stood behind.
+    first_N = ahead_N + (1 - behind_N)
+    return PositionBias(
+        first=float(first_N.mean()) / 2,
+        consistent=float((ahead_N == behind_N).mean()),
+        p=sign_test(int((first_N > 1).sum()), int((first_N < 1).sum())),
+        n=ahead_N.size,
+    )
 
 
-def accuracy_interval(correct: int, n: int) -> Proportion:
-    """Share of right answers with the exact interval of Clopper & Pearson (1934, Biometrika 26:404).
+def length_controlled_win_rate(outcomes: ArrayLike, length: ArrayLike, base_length: ArrayLike) -> Estimate:
+    """The win rate the model would have if its answers were as long as the base's.
+
+    Outcomes are modelled as logit P(win) = a + b tanh(d / s), with d the model's length minus the base's and s the
+    standard deviation of d (the length term of Dubois et al. 2024, arXiv 2404.04475); at d = 0 that is sigmoid(a).
+    Both coefficients have a normal prior of deviation 2.5 around 0 (Gelman et al. 2008, arXiv 0901.4011, in a plain
+    form), so that a model which always wins has a finite figure. The interval is that of `a` with the sandwich
+    covariance, through the sigmoid. Outcomes may be shares, as of two orders.
+
+    Where all differences in length are alike, nothing tells length from the model: then the figure is the plain rate,
+    with b = 0.
 
     Raises:
-        ValueError: n is below 1, or correct is outside 0..n.
+        ValueError: not one of each per prompt, or an outcome outside 0..1.
     """
-    if n < 1 or not 0 <= correct <= n:
-        raise ValueError(f"{correct} right of {n}: wanted n of at least 1 and 0 <= correct <= n.")
-    interval = binomtest(correct, n).proportion_ci(CONFIDENCE, method="exact")
-    return Proportion(rate=correct / n, low=float(interval.low), high=float(interval.high), n=n)
+    won_N, own_N, base_N = vector(outcomes, "outcomes"), vector(length, "length"), vector(base_length, "base_length")
+    if not won_N.shape == own_N.shape == base_N.shape:
+        raise ValueError(f"{won_N.size} outcomes, {own_N.size} and {base_N.size} lengths: one of each is wanted.")
+    if ((won_N < 0) | (won_N > 1)).any():
+        raise ValueError("an outcome is outside 0..1.")
+    difference_N = own_N - base_N
+    spread = float(difference_N.std())
+    columns = [np.ones_like(won_N)] + ([np.tanh(difference_N / spread)] if spread > 1e-9 else [])
+    x_NC = np.stack(columns, axis=1)
+    precision = np.eye(x_NC.shape[1]) / 2.5**2
+    beta_C = np.zeros(x_NC.shape[1])
+    for _ in range(100):  # Newton on a strictly concave function
+        p_N = expit(x_NC @ beta_C)
+        slope_C = x_NC.T @ (won_N - p_N) - precision @ beta_C
+        curve_CC = (x_NC * (p_N * (1 - p_N))[:, None]).T @ x_NC + precision
+        step_C = np.linalg.solve(curve_CC, slope_C)
+        beta_C = beta_C + step_C
+        if float(np.abs(step_C).max()) < 1e-10:
+            break
+    score_NC = x_NC * (won_N - expit(x_NC @ beta_C))[:, None]
+    inverse_CC = np.linalg.inv(curve_CC)
+    error = math.sqrt(float((inverse_CC @ (score_NC.T @ score_NC) @ inverse_CC)[0, 0]))
+    rate, low, high = (float(expit(beta_C[0] + shift * Z * error)) for shift in (0, -1, 1))
+    return Estimate(rate, low, high, error * rate * (1 - rate), won_N.size)
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p-value of "wins and losses are equally likely"; ties are left out (Dixon & Mood 1946).
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of several tests at once, in the order given (Holm 1979, Scand. J. Statist. 6:65).
 
-    Without a win or a loss there is no evidence either way: p = 1.
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none falls below one before it.
 
     Raises:
-        ValueError: a negative count.
+        ValueError: a p-value outside 0..1.
     """
-    if wins < 0 or losses < 0:
-        raise ValueError(f"{wins} wins and {losses} losses: counts cannot be negative.")
-    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    if any(not 0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p-values are {list(p_values)}: numbers from 0 to 1 are wanted.")
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - place)))
+        adjusted[index] = largest
+    return adjusted
+
+
+def prompts_wanted(rate: float, variance: float | None = None, power: float = 0.8) -> int | None:
+    """Prompts that would settle a win rate, if it is truly `rate`: enough to find it off 1/2 with this probability.
+
+    n = ((z_0.975 sqrt(v) + z_power sqrt(v)) / (rate - 1/2))^2 for a two-sided test at 5 %, with v the variance of one
+    outcome. None where the rate is 1/2, which no number of prompts tells from 1/2.
+
+    Args:
+        variance: of one outcome; None: rate (1 - rate), that of wins and losses without ties.
+
+    Raises:
+        ValueError: rate outside 0..1, or power outside (0, 1).
+    """
+    if not 0 <= rate <= 1 or not 0 < power < 1:
+        raise ValueError(f"rate is {rate} and power is {power}: shares are wanted, and power strictly between 0 and 1.")
+    if rate == 0.5:
+        return None
+    spread = math.sqrt(rate * (1 - rate) if variance is None else variance)
+    z = Z + NormalDist().inv_cdf(power)
+    return max(1, math.ceil((z * spread / (rate - 0.5)) ** 2))
 
 
 def standing(low: float, high: float) -> Standing:
@@ -200,6 +252,7 @@ def verdict_sentence(
     judge: str,
     kl: float | None = None,
     length_ratio: float | None = None,
+    controlled: Estimate | None = None,
 ) -> str:
     """The verdict on one model in plain words, with the figures it rests on.
 
@@ -210,6 +263,7 @@ def verdict_sentence(
         kl: distance of `name` from the SFT reference in nats per answer; None leaves it unsaid.
         length_ratio: mean answer length over the base's; None leaves it unsaid. Judges like long answers, so
             a reader should see it next to the win rate.
+        controlled: the win rate at equal length; None leaves it unsaid.
     """
     opening = {
         "better": f"{name} is better than {base}",
@@ -227,47 +281,32 @@ def verdict_sentence(
         costs.append(f"It moved {kl:.1f} nats per answer away from the reference")
     if length_ratio is not None:
         costs.append(f"{'its' if costs else 'Its'} answers are {length_ratio:.2f} times as long as those of {base}")
-    return f"{sentence} {' and '.join(costs)}." if costs else sentence
+    if costs:
+        sentence += f" {' and '.join(costs)}."
+    if controlled is not None:
+        sentence += f" {_at_equal_length(win, controlled)}"
+    wanted = prompts_wanted(win.rate)
+    if standing(win.low, win.high) == "not settled" and wanted is not None and win.n >= FEWEST_TO_PLAN_BY:
+        if wanted <= MOST_PROMPTS:
+            sentence += f" If that rate holds, {max(wanted, win.n + 1)} prompts in all would be likely to settle it."
+        else:
+            sentence += f" If that rate holds, not even {MOST_PROMPTS:,} prompts would settle it."
+    return sentence
 
 
-def percent(share: float) -> str:
-    """A share in [0, 1] as whole percent: "81 %"."""
-    return f"{_hundredths(share)} %"
+def _at_equal_length(win: WinRate, controlled: Estimate) -> str:
+    figure = f"{percent(controlled.mean)} ({percent_range(controlled.low, controlled.high)})"
+    before, after = standing(win.low, win.high), standing(controlled.low, controlled.high)
+    if before == after:
+        return f"At equal length it would be preferred on {figure}."
+    if after == "not settled":
+        return f"At equal length that is not settled: it would be preferred on {figure}."
+    return f"At equal length it is {after}: it would be preferred on {figure}."
 
 
-def percent_range(low: float, high: float) -> str:
-    """Two shares in [0, 1] as one range: "71–88 %"."""
-    return f"{_hundredths(low)}–{_hundredths(high)} %"
-
-
-def _hundredths(share: float) -> str:
-    """Whole percent, with decimals where rounding would land on 0, 50 or 100.
-
-    A verdict is read against these marks: "better, interval 50–62 %" would contradict itself.
-    """
-    for decimals in range(4):
-        text = f"{100 * share:.{decimals}f}"
-        if float(text) not in (0, 50, 100):
-            return text
-    return f"{100 * share:.0f}"
-
-
-def _vector(values: ArrayLike, name: str) -> NDArray[np.float64]:
-    vector = np.asarray(values, dtype=np.float64)
-    if vector.ndim != 1 or not vector.size:
-        raise ValueError(f"{name} has shape {vector.shape}; a one-dimensional array with at least one value is wanted.")
-    return vector
-
-
-def _resampled_means(
-    sum_K: NDArray[np.float64], size_K: NDArray[np.int64], seed: int, resamples: int
-) -> NDArray[np.float64]:
-    """R bootstrap means of the ratio ΣS/ΣN, drawing K clusters with replacement each time."""
-    rng = np.random.default_rng(seed)
-    count = size_K.size
-    rows = max(1, _BLOCK // count)
-    means = []
-    for start in range(0, resamples, rows):
-        drawn_RK = rng.integers(count, size=(min(rows, resamples - start), count))
-        means.append(sum_K[drawn_RK].sum(axis=1) / size_K[drawn_RK].sum(axis=1))
-    return np.concatenate(means)
+def _outcomes(outcomes: ArrayLike) -> NDArray[np.float64]:
+    won = vector(outcomes, "outcomes")
+    strange = won[~np.isin(won, (0.0, 0.5, 1.0))]
+    if strange.size:
+        raise ValueError(f"outcomes holds {strange[0]:g}; only 1 (won), 0.5 (tie) and 0 (lost) are outcomes.")
+    return won

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from align import reward_heads
 from align.logprobs import (
     Batch,
     base_model,
@@ -33,8 +34,9 @@ from align.logprobs import (
     vocabulary_logits,
 )
 from align.ppo.maths import full_kl, token_entropy, token_logprobs
-from align.ppo.rewards import Episodes, Mixture, Reward, as_reward, same_tokenizer
+from align.ppo.rewards import Episodes, Mixture, ModelReward, Reward, as_reward, same_tokenizer
 from reward.records import InputError, file_digest
+from reward.scoring import Aggregate, RewardScores
 
 VALUE_HEAD = "value_head.safetensors"
 
@@ -220,34 +222,43 @@ class Cast:
 
 
 class AdapterReward:
-    """The reward stage's adapter "reward" and score head 1H on `model`, which other roles share.
+    """The reward stage's adapter "reward" and score heads MH on `model`, which other roles share.
 
     It reads the policy's tokens as they are, at the answer's last one.
+
+    Attributes:
+        aggregate, lcb_coefficient: how the scores of several heads become one.
+        spread: standard deviation over heads of each answer scored last.
     """
 
     name = "reward_model"
+    aggregate: Aggregate = "mean"
+    lcb_coefficient = 1.0
+    spread: Sequence[float] = ()
 
-    def __init__(self, model: Any, head_1H: Tensor, batch_size: int) -> None:
-        self.model, self.head_1H, self.batch_size = model, head_1H, batch_size
+    def __init__(self, model: Any, heads_MH: Tensor, batch_size: int) -> None:
+        self.model, self.heads_MH, self.batch_size = model, heads_MH, batch_size
 
     @torch.no_grad()
     def __call__(self, episodes: Episodes) -> list[float | None]:
         pairs = list(zip(episodes.prompt_ids, episodes.completion_ids, strict=True))
         device = next(self.model.parameters()).device
-        scores: list[float | None] = [None] * len(pairs)
+        per_head_BM = torch.empty(len(pairs), len(self.heads_MH), dtype=torch.float64)
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         with switched(self.model, "reward"):
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
-                for row, score in zip(rows, self._scores(collate([pairs[i] for i in rows], 0, device)), strict=True):
-                    scores[row] = score
-        return scores
+                per_head_BM[rows] = self._scores(collate([pairs[i] for i in rows], 0, device)).double().cpu()
+        scores = RewardScores.of(per_head_BM.numpy())
+        self.spread = scores.std.tolist()
+        return list(scores.aggregated(self.aggregate, self.lcb_coefficient).tolist())
 
-    def _scores(self, batch: Batch) -> list[float]:
+    def _scores(self, batch: Batch) -> Tensor:
+        """Scores BM."""
         hidden_BSH = hidden_states(self.model, batch)
         last_B = batch.attention_BS.sum(1) - 1
         last_BH = hidden_BSH[torch.arange(len(last_B), device=last_B.device), last_B]
-        return (last_BH.float() @ self.head_1H[0].to(last_BH.device)).tolist()
+        return last_BH.float() @ self.heads_MH.to(last_BH.device).T
 
 
 @contextlib.contextmanager
@@ -285,6 +296,8 @@ def build_cast(
     reward_weights: Sequence[float] | None = None,
     reward_tokenizers: Sequence[Any] | None = None,
     batch_size: int = 16,
+    aggregate: Aggregate = "mean",
+    lcb_coefficient: float = 1.0,
 ) -> Cast:
     """The cast around a policy.
 
@@ -295,6 +308,8 @@ def build_cast(
             base instead of being loaded beside it.
         reward_tokenizers: for rewards given as loaded models; None for the others.
         batch_size: rows a forward pass of a reward model.
+        aggregate, lcb_coefficient: how the heads of a reward model become one score, as `RewardScores.aggregated` has
+            it.
 
     Raises:
         InputError: a reward does not fit, or `value_adapter` without an adapter.
@@ -332,10 +347,12 @@ def build_cast(
             if any(isinstance(r, AdapterReward) for r in named):
                 raise InputError(f"{thing} is a second reward adapter on the policy's base: one can share it.")
             _same_tokenizer(Path(thing), tokenizer)
-            reference, head_1H = add_reward(reference, Path(thing))
-            named.append(AdapterReward(reference, head_1H, batch_size))
+            reference, heads_MH = add_reward(reference, Path(thing))
+            named.append(AdapterReward(reference, heads_MH, batch_size))
         else:
             named.append(as_reward(thing, reward_tokenizer, batch_size=batch_size))
+        if isinstance(judge := named[-1], (AdapterReward, ModelReward)):
+            judge.aggregate, judge.lcb_coefficient = aggregate, lcb_coefficient
     if value_adapter:
         active = model.active_adapter
         model.add_adapter("value", copy.deepcopy(peft_config))
@@ -411,7 +428,7 @@ def _same_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 
 def add_reward(model: Any, folder: Path) -> tuple[Any, Tensor]:
-    """Hang a reward stage's adapter on `model` under the name "reward"; returns the model and the score head 1H.
+    """Hang a reward stage's adapter on `model` under the name "reward"; returns the model and its score heads MH.
 
     The adapter was trained on the sequence classifier of the same base, whose decoder has the same module names.
 
@@ -427,7 +444,8 @@ def add_reward(model: Any, folder: Path) -> tuple[Any, Tensor]:
         raise InputError(f"{folder} has no score head with one output ({len(heads)} found): train `reward` again.")
     if weights[heads[0]].shape[0] != 1:
         raise InputError(f"{folder} has {weights[heads[0]].shape[0]} labels: a reward model has one.")
-    head_1H = weights.pop(heads[0]).to(next(model.parameters()).device, torch.float32)
+    mean_1H, several = weights.pop(heads[0]), reward_heads.load(folder)
+    heads_MH = (mean_1H if several is None else several[0]).to(next(model.parameters()).device, torch.float32)
     config = PeftConfig.from_pretrained(str(folder))
     config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -444,7 +462,7 @@ def add_reward(model: Any, folder: Path) -> tuple[Any, Tensor]:
             f"{folder} does not fit its base: {len(missing)} weights missing, {len(result.unexpected_keys)} left over."
         )
     _only(model, trained)
-    return model, head_1H
+    return model, heads_MH
 
 
 def is_peft(model: Any) -> bool:

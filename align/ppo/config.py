@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from align.ppo.diagnosis import Settings
 from align.ppo.maths import KLEstimator
 from reward.records import InputError
+from reward.scoring import Aggregate
 
 
 @dataclass
@@ -49,6 +50,13 @@ class PPOConfig(TrainingArguments):
 
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward in their sum; None: 1 each."}
+    )
+    reward_aggregate: Aggregate = field(
+        default="mean",
+        metadata={"help": "How a reward model's heads become one score: their mean, min, or lower confidence bound."},
+    )
+    lcb_coefficient: float = field(
+        default=1.0, metadata={"help": "Standard deviations over heads that the bound lies below their mean."}
     )
     reward_clip: float | None = field(default=None, metadata={"help": "Scores are clipped to +- this."})
     missing_eos_penalty: float | None = field(default=None, metadata={"help": "Taken from unfinished answers' score."})
@@ -110,6 +118,8 @@ class PPOConfig(TrainingArguments):
             ),
             ("kl_estimator", self.kl_estimator in ("k1", "k2", "k3", "full"), "k1, k2, k3 or full"),
             ("stop_token_ids", self.stop_token_ids != [], "at least one token, or None for the model's own"),
+            ("reward_aggregate", self.reward_aggregate in ("mean", "min", "lcb"), "mean, min or lcb"),
+            ("lcb_coefficient", 0 <= self.lcb_coefficient < math.inf, "at least 0"),
             ("reward_clip", self.reward_clip is None or self.reward_clip > 0, "above 0"),
             ("missing_eos_penalty", (self.missing_eos_penalty or 0) >= 0, "at least 0"),
             ("overlong_penalty", (self.overlong_penalty or 0) >= 0, "at least 0"),

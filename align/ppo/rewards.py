@@ -25,16 +25,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
-from torch.nn.utils.rnn import pad_sequence
 
-from align import models
-from align.config import ModelSection
-from align.data.render import answer_ids, prompt_ids
-from reward.records import InputError, Message, answer_text
-from reward.scoring import score
+from align.scorer import Scorer, Text, token_ids
+from reward.records import InputError, Message
+from reward.scoring import Aggregate, score
 
-Text = str | list[Message]  # plain, or a conversation
 OWN = ("prompts", "completions", "completion_ids")  # what every function can have, whatever the columns
 PROBES = ("Hello", "What is 12 + 345?", "  two  spaces\n\tand a tab", "Grüße, 世界! 🙂", "x = {'a': [1, 2]};")
 
@@ -151,204 +146,25 @@ class FunctionReward:
         return [given[name] for name in by_place], {name: given[name] for name in by_name}
 
 
-class ModelReward:
-    """A sequence classifier with one label and its own tokenizer: the score of prompt and answer.
+class ModelReward(Scorer):
+    """A reward model of any architecture, which reads text with its own tokenizer.
 
-    A conversation is rendered by the tokenizer's chat template and cut after the stop token (a template that writes
-    no stop token stands whole). Everything else is a pair of texts to an encoder, and to a decoder prompt and answer
-    in a row with the stop token behind them; the turns of a conversation then stand on lines of their own.
-
-    The stop token follows an answer only where the policy wrote one: an unfinished answer is scored as it stands.
-
-    Args:
-        model: a `PreTrainedModel` for sequence classification, or a `PeftModel` of one.
-        tokenizer: of `model`. The score of a decoder is read at the last token that is not its padding token, as
-            plain transformers reads it; a tokenizer without one has the score at the last token.
-        max_length: refuse rows of more tokens; without it, rows of more tokens than the model has places for.
-
-    Raises:
-        InputError: several labels, an encoder-decoder, or a tokenizer or `max_length` that does not fit the model.
+    Attributes:
+        aggregate, lcb_coefficient: how the scores of several heads become one.
+        spread: standard deviation over heads of each answer scored last.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, name: str, batch_size: int = 16, max_length: int | None = None
-    ) -> None:
-        if model.config.num_labels != 1:
-            raise InputError(f"the reward `{name}` has {model.config.num_labels} labels: a reward model has one.")
-        if model.config.is_encoder_decoder:
-            raise InputError(f"the reward `{name}` is an encoder-decoder: give a decoder (Llama) or an encoder (BERT).")
-        places, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
-        if largest >= places:
-            raise InputError(
-                f"the tokenizer of the reward `{name}` has tokens up to {largest}, but the model embeds {places}: give "
-                "the tokenizer that the model was trained with."
-            )
-        self.model, self.tokenizer, self.name, self.batch_size = model.eval(), tokenizer, name, batch_size
-        self.is_encoder = tokenizer.sep_token_id is not None and tokenizer.sep_token_id in _ids(tokenizer, "a", "b")
-        limit = _most_tokens(model, tokenizer, self.is_encoder)
-        if max_length is not None and limit is not None and max_length > limit:
-            raise InputError(f"the reward `{name}` has max_length {max_length}, but the model takes {limit} tokens.")
-        self.max_length = limit if max_length is None else max_length
-        # Fixed here: scoring writes the padding token it used into the model's config.
-        pad_id = tokenizer.pad_token_id
-        self.pad_id: int | None = model.config.get_text_config().pad_token_id if pad_id is None else pad_id
+    aggregate: Aggregate = "mean"
+    lcb_coefficient: float = 1.0
+    spread: Sequence[float] = ()
 
     def __call__(self, episodes: Episodes) -> list[float | None]:
         """Raises InputError where a row is too long or cannot be rendered, and as `checked`."""
         prompts: Sequence[Text] = episodes.prompts
         completions: Sequence[Text] = episodes.completions
-        told = zip(prompts, completions, episodes.finished, strict=True)
-        rows = [self.row(prompt, completion, finished) for prompt, completion, finished in told]
-        sizes = [len(row["input_ids"]) for row in rows]
-        longer = [size for size in sizes if self.max_length is not None and size > self.max_length]
-        if longer:
-            raise InputError(
-                f"{len(longer)} of {len(rows)} answers with their prompts are too long for the reward `{self.name}`: "
-                f"the longest has {max(longer)} tokens, the limit is {self.max_length}. Give shorter prompts, sample "
-                "shorter answers, or raise max_length if the model has places for more."
-            )
-        if self.is_encoder:
-            return checked(self.name, self._encode(rows), len(episodes))
-        ids = [row["input_ids"] for row in rows]
-        # Without a padding token any filler will do that no row ends in: it is masked, and read over from the right.
-        ends = {row[-1] for row in ids}
-        filler = next(i for i in range(len(ends) + 1) if i not in ends) if self.pad_id is None else self.pad_id
-        return checked(self.name, score(self.model, ids, filler, batch_size=self.batch_size), len(episodes))
-
-    def row(self, prompt: Text, completion: Text, finished: bool = True) -> dict[str, list[int]]:
-        """The model's inputs for one episode; an encoder's with its attention mask and token types."""
-        stop = self.tokenizer.eos_token_id
-        if not isinstance(prompt, str) and self.tokenizer.chat_template:
-            ids = self._conversation(prompt, completion)
-            if not finished and ids[-1] == stop:
-                ids = ids[:-1]
-            return {"input_ids": ids, "attention_mask": [1] * len(ids)}
-        before = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-        if self.is_encoder:
-            return dict(self.tokenizer(before, answer_text(completion)))
-        joint = "" if isinstance(prompt, str) else "\n"
-        ids = _ids(self.tokenizer, before + joint + answer_text(completion))
-        return {"input_ids": ids if stop is None or not finished or ids[-1:] == [stop] else [*ids, stop]}
-
-    def _conversation(self, prompt: list[Message], completion: Text) -> list[int]:
-        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        try:
-            before = prompt_ids(self.tokenizer, prompt)
-            whole = list(self.tokenizer.apply_chat_template([*prompt, *answer], return_dict=True)["input_ids"])
-            stop = self.tokenizer.eos_token_id
-            stops = whole.count(stop) > before.count(stop)
-            return before + answer_ids(self.tokenizer, prompt, answer) if stops else whole
-        except (InputError, TemplateError) as error:
-            raise InputError(f"the chat template of the reward `{self.name}` failed: {error}") from error
-
-    @torch.no_grad()
-    def _encode(self, rows: list[dict[str, list[int]]]) -> list[float]:
-        """Scores of an encoder, which is told by the attention mask alone where a row ends."""
-        self.model.eval()
-        device = next(self.model.parameters()).device
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-        scores = [0.0] * len(rows)
-        for start in range(0, len(order), self.batch_size):
-            indices = order[start : start + self.batch_size]
-            inputs = {}
-            for name in rows[indices[0]]:
-                fill = (self.pad_id or 0) if name == "input_ids" else 0
-                columns = [torch.tensor(rows[i][name]) for i in indices]
-                inputs[name] = pad_sequence(columns, batch_first=True, padding_value=fill).to(device)
-            logits_B1 = self.model(**inputs).logits
-            for index, value in zip(indices, logits_B1[:, 0].float().tolist(), strict=True):
-                scores[index] = value
-        return scores
-
-    @classmethod
-    def load(
-        cls,
-        source: str | Path,
-        dtype: Any = None,
-        device: Any = None,
-        batch_size: int = 16,
-        max_length: int | None = None,
-    ) -> ModelReward:
-        """A reward model from a folder or a hub id: a whole model, or a PEFT adapter that is loaded with its base.
-
-        Args:
-            dtype, device: of the model; what `model.dtype: auto` means, and this process's device, without.
-
-        Raises:
-            InputError: there is nothing to load, or a weight would be random or does not fit one label.
-        """
-        place, path = str(source), Path(source)
-        is_path = isinstance(source, Path) or place.startswith((".", "~", "/")) or place.count("/") > 1
-        if is_path and not path.is_dir():
-            raise InputError(f"the reward model {place} does not exist: give a folder or a hub id.")
-        try:
-            model, tokenizer = _load(place, dtype or models.data_type(ModelSection()))
-        except InputError:
-            raise
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise InputError(f"cannot load the reward model {place}: {reason}") from error
-        # A stage writes <run>/<stage>/model: its folder's own name says nothing.
-        name = path.resolve().parent.name if path.name == "model" and path.is_dir() else path.name
-        return cls(model.to(device or models.device()), tokenizer, name or place, batch_size, max_length)
-
-
-def _load(place: str, dtype: Any) -> tuple[Any, Any]:
-    """(model, tokenizer), every weight of the model read from a file."""
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import find_adapter_config_file
-
-    is_adapter = find_adapter_config_file(place) is not None
-    base = str(PeftConfig.from_pretrained(place).base_model_name_or_path) if is_adapter else place
-    # Heads of another size are let through here and refused below, with a sentence.
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=1, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    random, shapes = set(info["missing_keys"]), {name: tuple(there) for name, there, _ in info["mismatched_keys"]}
-    weights = load_peft_weights(place, device="cpu") if is_adapter else {}
-    for key, weight in weights.items():  # an adapter brings its head along, under the base model's names
-        name = key.removeprefix("base_model.model.")
-        random.discard(name)
-        shapes[name] = tuple(weight.shape)
-    own = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    wrong = [f"{name} is {shape}, not {own[name]}" for name, shape in shapes.items() if own.get(name, shape) != shape]
-    if wrong:
-        raise InputError(f"{place} is no reward model with one label: {'; '.join(sorted(wrong))}.")
-    if random:
-        raise InputError(
-            f"{place} has no trained score head ({', '.join(sorted(random))} would be random): give a sequence "
-            "classifier with one label, or an adapter with task_type SEQ_CLS and modules_to_save of its head."
-        )
-    if is_adapter:
-        model = PeftModel.from_pretrained(model, place)
-        absent = set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(weights)
-        if absent:
-            raise InputError(f"{place} does not fit its base {base}: {len(absent)} of its weights are missing.")
-    for source in (place, base):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError):
-            continue
-        if len(tokenizer) > len(tokenizer.all_special_ids):  # else made up from the model's config
-            return model, tokenizer
-    raise InputError(f"{place} has no tokenizer: save the one that the model was trained with beside it.")
-
-
-def _ids(tokenizer: Any, *texts: str) -> list[int]:
-    return list(tokenizer(*texts)["input_ids"])
-
-
-def _most_tokens(model: Any, tokenizer: Any, is_encoder: bool) -> int | None:
-    """The longest row the model has places for; None where nothing says so."""
-    places = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and hasattr(m, "padding_idx")]
-    if tables and tables[0].padding_idx is not None:  # RoBERTa counts its places from behind the padding token
-        places -= tables[0].padding_idx + 1
-    # A tokenizer that does not know its limit says 1e30.
-    limits = [places, tokenizer.model_max_length if is_encoder else 0]
-    return min((int(limit) for limit in limits if 0 < limit < 1e9), default=None)
+        scores = score(self, prompts, completions, finished=episodes.finished, batch_size=self.batch_size)
+        self.spread = scores.std.tolist()
+        return checked(self.name, scores.aggregated(self.aggregate, self.lcb_coefficient), len(episodes))
 
 
 class Mixture:
@@ -383,6 +199,8 @@ class Mixture:
     def __call__(self, episodes: Episodes) -> tuple[list[float], dict[str, list[float]]]:
         """(weighted sum B, scores B of each reward before its weight, with NaN where it does not apply).
 
+        A reward of several heads also has their standard deviation there, as `<name>/spread`.
+
         Raises:
             InputError: what a reward raises, or no reward applies to an answer.
         """
@@ -396,7 +214,13 @@ class Mixture:
                 f"0): at least one of {', '.join(self.names)} must give a number."
             )
         total = [sum(w * s for w, s in zip(self.weights, row, strict=True) if s is not None) for row in rows]
-        return total, {name: [math.nan if s is None else s for s in scores] for name, scores in parts.items()}
+        spreads = {
+            f"{name}/spread": [float(s) for s in spread]
+            for name, reward in zip(self.names, self.rewards, strict=True)
+            if any(spread := getattr(reward, "spread", ()))
+        }
+        told = {name: [math.nan if s is None else s for s in scores] for name, scores in parts.items()}
+        return total, told | spreads
 
 
 def as_reward(thing: Any, tokenizer: Any = None, **load: Any) -> Reward:
@@ -464,6 +288,6 @@ def same_tokenizer(a: Any, b: Any) -> str | None:
         if one != other:
             return f"the {word} token is {one} against {other}"
     for text in PROBES:
-        if _ids(a, text) != _ids(b, text):
-            return f"{text!r} is {_ids(a, text)} against {_ids(b, text)}"
+        if token_ids(a, text) != token_ids(b, text):
+            return f"{text!r} is {token_ids(a, text)} against {token_ids(b, text)}"
     return None

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from align import models, progress, ranks, training
+from align import models, progress, ranks, training, trust
 from align.config import Config
 from align.data.load import load_demonstrations, only
 from align.data.render import prompt_ids
@@ -23,16 +23,28 @@ from reward.records import InputError, write_json
 
 
 def run_ppo(config: Config, run: Run) -> dict[str, Any]:
-    """Train; returns score, KL and length at the beginning and at the end, and the findings of the last update."""
+    """Train; returns score, KL and length at the beginning and at the end, and the findings of the last update.
+
+    Raises:
+        InputError: the reward model does not pass the gate of `align.trust`.
+    """
     from transformers import set_seed
 
     section, base = config.ppo, sft_model(config)
+    trusted = trust.pass_gate(config, section.rewards)
     tokenizer = models.load_tokenizer(base, config.model)
     records = only("train", gather_prompts(config), "prompts")
     kept, _ = fitting_prompts(run, tokenizer, records, section.max_prompt_length)
     set_seed(config.seed)
     with training.refused_settings(run.stage):
-        arguments = training.trainer_arguments(config, section, run, logging_strategy="no")  # a record an update
+        arguments = training.trainer_arguments(
+            config,
+            section,
+            run,
+            logging_strategy="no",  # a record an update
+            reward_aggregate=config.reward.aggregate,
+            lcb_coefficient=config.reward.lcb_coefficient,
+        )
         trainer = PPOTrainer(
             model=models.load_causal_lm(base, config.model),
             reward=[str(config.folder("reward") / "model") if r == "reward" else r for r in section.rewards],
@@ -61,7 +73,8 @@ def run_ppo(config: Config, run: Run) -> dict[str, Any]:
     for name, key in (("score", "objective/score"), ("kl", "objective/kl"), ("length", "episode/length")):
         ends = {"first": history[:quarter], "last": history[-quarter:]}
         outcome[name] = {end: round(sum(u[key] for u in us) / len(us), 4) for end, us in ends.items()}
-    return {**outcome, "health": [finding.sentence for finding in findings] or summary(findings)}
+    told = [finding.sentence for finding in findings] or summary(findings)
+    return {**outcome, "health": told, "reward_trust": trusted}
 
 
 class _Health(TrainerCallback):

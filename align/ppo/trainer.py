@@ -127,6 +127,8 @@ class PPOTrainer(Trainer):
                 reward_weights=args.reward_weights,
                 reward_tokenizers=reward_processing_classes,
                 batch_size=args.per_device_train_batch_size,
+                aggregate=args.reward_aggregate,
+                lcb_coefficient=args.lcb_coefficient,
             )
         for prompts in filter(None, (self.prompts, self.eval_prompts)):
             self.cast.rewards.check({name for prompt in prompts for name in prompt.columns})

@@ -123,7 +123,8 @@ def test_commands_and_options_are_these() -> None:
     assert found == {
         "run": [*stage, "--accelerate"],
         **dict.fromkeys(STAGES, stage),
-        "label": [*stage, "--local", "--invite"],
+        "label": [*stage, "--local", "--invite", "--import"],
+        "score": ["run", "file", "--out", "--batch-size"],
         "lineage": ["run"],
         "schema": [],
     }

@@ -235,11 +235,16 @@ def test_trainer_keys_pass_through_by_their_own_names(file: Path) -> None:
     assert "adam_beta1" not in config.reward.trainer_arguments()  # what the user did not say, the trainer decides
 
 
+REWARD_OWN = (
+    "base margin group_pairs disagreement label_smoothing ties ensemble probed trust gate aggregate lcb_coefficient"
+).split()
+
+
 @pytest.mark.parametrize(
     ("section", "ours"),
     [
         ("sft", {"share_prefixes"}),
-        ("reward", {"share_prefixes", "margin", "group_pairs"}),
+        ("reward", {"share_prefixes", *REWARD_OWN}),
         ("dpo", {"share_prefixes"}),
         ("ppo", {"max_prompt_length", "rewards"}),
     ],

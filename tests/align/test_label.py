@@ -5,13 +5,16 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from align import cli
 from align.config import Config
 from align.config_file import load_config
 from align.pipeline import run_stage
@@ -59,10 +62,22 @@ def test_people_become_preferences_with_their_names_and_strength(tmp_path: Path,
     first = records[0]
     assert (first["chosen"], first["rejected"]) == (assistant_answer("Kind answer 0."), assistant_answer("No 0."))
     assert (first["margin"], first["weight"], first["annotators"]) == (2.0, 1.0, ["ana", "bo"])
+    assert first["strengths"] == [2, 2]
     assert not any(record["simulated"] for record in records)
     assert [tie["comparison_id"] for tie in read_jsonl(run.folder / "ties.jsonl")] == ["c2"]
     info = read_info(run.folder)
     assert info is not None and not info["simulated_labels"] and info["summary"]["labels"] == 8
+
+
+@pytest.mark.parametrize("method", ["majority", "dawid-skene", "bradley-terry"])
+def test_the_config_says_how_labels_become_preferences(tmp_path: Path, store: Path, method: str) -> None:
+    run = run_stage(people(tmp_path, store, f"label.aggregate={method}"), "label")
+    assert [r["comparison_id"] for r in read_jsonl(run.folder / "preferences.jsonl")] == ["c0", "c1", "c3"]
+    assert [r["comparison_id"] for r in read_jsonl(run.folder / "ties.jsonl")] == ["c2"]
+    info = read_info(run.folder)
+    assert info is not None and info["summary"]["aggregate"] == method
+    known, doubtful = info["summary"].get("annotators"), info["summary"].get("uninformative")
+    assert (known, doubtful) == ((None, None) if method == "majority" else (2, 0))
 
 
 def test_a_new_label_is_another_input(tmp_path: Path, store: Path) -> None:
@@ -168,3 +183,119 @@ def test_a_dataset_becomes_preferences_and_what_is_left_out_is_kept(tmp_path: Pa
     assert len(records) == 30 and {record["source"] for record in records} == {"x"}
     (dropped,) = read_jsonl(run.folder / "dropped.jsonl")
     assert dropped["reason"] == "with identical chosen and rejected" and dropped["record"]["prompt"] == "Same?"
+
+
+# align label CONFIG --import FILE
+
+JSONL = {
+    "own.jsonl": [comparison(n, "train") | {"id": f"own{n}"} for n in range(3)],
+    "trl.jsonl": [{"prompt": f"T {n}?", "chosen": f"Yes {n}.", "rejected": f"No {n}."} for n in range(3)],
+    "argilla.jsonl": [
+        {"id": f"a{n}", "fields": {"prompt": f"A {n}?", "response1": "Yes.", "response2": "No."}} for n in range(3)
+    ],
+    "studio.jsonl": [
+        {"id": n, "data": {"prompt": f"L {n}?", "answer1": "Yes.", "answer2": "No."}, "annotations": []}
+        for n in range(3)
+    ],
+}
+TABLE = "prompt;answer_1;answer_2\nC 0?;Yes.;No.\nC 1?;Yes.;Yes.\nC 2?;Yes.;No.\n"
+
+
+@pytest.fixture
+def bring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`align label CONFIG --import FILE` in this process: (exit code, stdout, stderr)."""
+    config = tmp_path / "mine.yaml"
+    label = f"label: {{store: {tmp_path / 'l.sqlite'}}}"
+    config.write_text(f"stages: [label, reward]\nruns: {tmp_path / 'runs'}\n{label}\n")
+
+    def call(file: Path, *overrides: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["align", "label", str(config), "--import", str(file), *overrides])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("own.jsonl", "read as comparisons (JSONL)"),
+        ("trl.jsonl", "read as preferences with prompt (JSONL)"),
+        ("argilla.jsonl", "read as an Argilla export (JSONL)"),
+        ("studio.jsonl", "read as a Label Studio export (JSONL); not used: annotations"),
+        ("table.csv", "read as columns prompt, answer_1, answer_2 (CSV)"),
+    ],
+)
+def test_a_file_is_imported_and_told(bring: Any, tmp_path: Path, name: str, form: str) -> None:
+    file = tmp_path / name
+    file.write_text(TABLE if name == "table.csv" else "".join(json.dumps(row) + "\n" for row in JSONL[name]), "utf-8")
+    same = name == "table.csv"
+    code, out, err = bring(file)
+    assert (code, err) == (0, "")
+    found, added = out.splitlines()
+    assert found.startswith(f"{name}: 3 comparisons (") and found.endswith(f"{form}.")
+    left_out = ", 1 left out because both answers are the same text" if same else ""
+    where = f"Project mine in {tmp_path / 'l.sqlite'}:"
+    assert added == f"{where} {3 - same} items added, 0 already there{left_out}."
+    code, out, _ = bring(file)
+    assert code == 0 and out.splitlines()[1] == f"{where} 0 items added, {3 - same} already there."
+    with LabelStore(tmp_path / "l.sqlite") as labels:
+        project = labels.project("mine")
+        assert len(labels.items(project)) == 3 - same and not project.simulated
+    assert not (tmp_path / "runs" / "mine" / "3-label").exists()  # nothing was served, waited for or exported
+
+
+def test_imports_take_the_split_and_the_settings_of_the_config(bring: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"T {n}?", "chosen": f"Yes {n}.", "rejected": f"No {n}."} for n in range(60)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = bring(tmp_path / "t.jsonl", "data.test_share=0.5", "label.project=other", "label.labels_per_item=2")
+    assert code == 0 and "Project other in" in out
+    with LabelStore(tmp_path / "l.sqlite") as labels:
+        items = labels.items(labels.project("other"))
+        assert labels.project("other").settings.overlap == 2
+    assert 15 < sum(item.payload["split"] == "test" for item in items) < 45
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "none.jsonl does not exist: give the path of a JSONL, JSON or CSV file"),
+        ("", "is empty: a JSONL, JSON or CSV file"),
+        ('{"question": 1}\n', "the format cannot be told from the columns question: wanted are"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n', "line 2: not valid JSON"),
+        ('{"prompt": "a", "answer_1": "b"}\n', "line 1: 1 answers, but at least 2"),
+        ('{"\\u001b]0;owned\\u0007\\u202e\\rx": 1}\n', "the format cannot be told from the columns �]0;owned�� x:"),
+    ],
+)
+def test_what_cannot_be_imported_is_told_in_a_sentence(
+    bring: Any, tmp_path: Path, content: str | None, said: str
+) -> None:
+    file = tmp_path / "none.jsonl"
+    if content is not None:
+        file.write_text(content, "utf-8")
+    code, out, err = bring(file)
+    assert (code, out) == (2, "")
+    assert err.startswith("align: ") and said in err and err.count("\n") == 1 and err.rstrip().endswith(".")
+    assert not set("\x1b\x07\r\u202e") & set(err)
+    assert not (tmp_path / "l.sqlite").exists()  # nothing was made for a file that cannot be read
+
+
+def test_an_import_that_contradicts_the_project_changes_nothing(bring: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(comparison(0, "train")) + "\n")
+    assert bring(file)[0] == 0
+    file.write_text("".join(json.dumps(row) + "\n" for row in (comparison(7, "train"), comparison(0, "test"))))
+    code, out, err = bring(file)
+    assert (code, out) == (2, "") and "Comparison c0 " in err
+    with LabelStore(tmp_path / "l.sqlite") as labels:
+        assert len(labels.items(labels.project("mine"))) == 1
+        labels.create_project("robots", simulated=True)
+    code, _, err = bring(file, "label.project=robots")
+    assert code == 2 and "project robots holds simulated labels" in err

@@ -17,6 +17,7 @@ from align import prefix
 from align.heads import lean_head
 from align.lora import lean_lora
 from align.prefix import share_prefixes
+from reward.elements import Labels
 from reward.training import reward_trainer
 
 STEPS, BATCH = 50, 4
@@ -90,9 +91,7 @@ def reward(tiny_model: Path, folder: Path) -> Any:
     model.config.pad_token_id = tokenizer.pad_token_id
     tokens = [{f"{side}_ids": tokenizer(row[side])["input_ids"] for side in row} for row in rows()]
     arguments = RewardConfig(**settings(folder))
-    return reward_trainer(
-        model, tokenizer, tokens, arguments, adapter("SEQ_CLS", modules_to_save=["score"]), margin=False
-    )
+    return reward_trainer(model, tokenizer, tokens, arguments, adapter("SEQ_CLS", modules_to_save=["score"]), Labels())
 
 
 @pytest.mark.parametrize("build", [dpo, reward], ids=["dpo", "reward"])

@@ -147,7 +147,7 @@ def adapter(tiny_model: Path, folder: Path, task_type: str, **extra: Any) -> str
 
 def test_an_adapter_without_a_score_head_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     folder = adapter(tiny_model, tmp_path / "a", "CAUSAL_LM")
-    with pytest.raises(InputError, match="has no score head: train it with task_type SEQ_CLS"):
+    with pytest.raises(InputError, match=r"has no trained score head \(score\.weight would be random\)"):
         models.load_reward_model(folder, ModelSection(**F32))
 
 
@@ -165,13 +165,15 @@ def test_an_adapter_with_its_score_head_is_loaded(tiny_model: Path, tmp_path: Pa
 
 
 def test_a_whole_model_without_a_score_head_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(InputError, match=r"has no score head with one output \(score\.weight\)"):
+    with pytest.raises(InputError, match=r"has no trained score head \(score\.weight would be random\)"):
         models.load_reward_model(str(tiny_model), ModelSection(**F32))
 
 
 def test_a_head_with_several_outputs_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3).save_pretrained(tmp_path / "three")
-    with pytest.raises(InputError, match=r"no score head with one output \(score\.weight\)"):
+    with pytest.raises(
+        InputError, match=r"is no reward model with one label: score\.weight is \(3, 32\), not \(1, 32\)"
+    ):
         models.load_reward_model(str(tmp_path / "three"), ModelSection(**F32))
 
 
@@ -184,7 +186,7 @@ def test_a_whole_reward_model_is_loaded(tiny_model: Path, tmp_path: Path) -> Non
 
 
 def test_a_missing_reward_folder_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot load the model"):
+    with pytest.raises(InputError, match="cannot load the reward model"):
         models.load_reward_model(str(tmp_path / "none"), ModelSection(**F32))
 
 

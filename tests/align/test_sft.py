@@ -20,7 +20,7 @@ from align.logprobs import answer_logprobs
 from align.pipeline import run_stage
 from align.runs import Run, is_done
 from reward.records import InputError, read_jsonl
-from reward.scoring import score
+from reward.scoring import score_rows
 
 Make = Callable[..., Config]
 
@@ -131,7 +131,7 @@ def test_a_base_padded_with_its_stop_token_gives_a_model_padded_with_another(
     plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     rows = [[5, 6, 7, tokenizer.eos_token_id], [8, 9]]
     wanted = [plain(input_ids=torch.tensor([row])).logits.item() for row in rows]
-    assert score(plain, rows, tokenizer.pad_token_id) == pytest.approx(wanted, abs=1e-6)
+    assert score_rows(plain, rows, tokenizer.pad_token_id) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_without_an_adapter_every_weight_is_trained(make: Make, tiny_model: Path) -> None:

@@ -27,7 +27,7 @@ stages: [label, reward, dpo, ppo]
 model: {{base: {model}, dtype: float32}}
 data: {{preferences: {preferences}}}
 label: {{source: dataset}}
-reward: {{max_steps: 4, per_device_train_batch_size: 4, learning_rate: 1.0e-2}}
+reward: {{max_steps: 4, per_device_train_batch_size: 4, learning_rate: 1.0e-2, trust: ignore}}
 dpo: {{max_steps: 4, per_device_train_batch_size: 4, learning_rate: 1.0e-2}}
 ppo: {{total_episodes: 16, per_device_train_batch_size: 4, response_length: 8, learning_rate: 1.0e-3}}
 """

@@ -1,4 +1,5 @@
-"""Databases for the label store's tests: SQLite files, and one real PostgreSQL server where it is installed."""
+"""Databases for the label store's tests: SQLite files, and one real PostgreSQL server where it is installed. The app in
+a real Chromium, for the tests of its pages."""
 
 from __future__ import annotations
 
@@ -6,17 +7,20 @@ import getpass
 import itertools
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from labeling_ui.accounts import Accounts
+from labeling_ui.address import Address
 from labeling_ui.store import LabelStore, Project, Settings
 from reward.records import user_prompt
 
@@ -58,8 +62,15 @@ class Postgres:
         self._run("pg_ctl", "--pgdata", str(self.folder / "data"), "--log", log, "--wait", *arguments)
 
     def start(self) -> None:
-        settings = f"-c listen_addresses= -c unix_socket_directories={self.folder} -c max_connections=100"
-        self._control("start", "--options", settings)
+        settings = {
+            "listen_addresses": "",
+            "unix_socket_directories": str(self.folder),
+            "max_connections": "100",
+            # The machine does not lose power during a test; without the disk a database is made in a tenth of the time.
+            "fsync": "off",
+            "full_page_writes": "off",
+        }
+        self._control("start", "--options", " ".join(f"-c {name}={value}" for name, value in settings.items()))
 
     def stop(self, mode: str = "fast") -> None:
         self._control("stop", "--mode", mode)
@@ -90,10 +101,15 @@ def postgres() -> Iterator[Postgres]:
     shutil.rmtree(server.folder, ignore_errors=True)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+# For tests whose statements, types or locks the two databases could take differently: every method of the store and of
+# the accounts has one. What is decided before the database is asked is tested on SQLite alone.
+on_both = pytest.mark.parametrize("where", ["sqlite", "postgresql"], indirect=True)
+
+
+@pytest.fixture
 def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An address of a new database, of both kinds in turn."""
-    if request.param == "sqlite":
+    """An address of a new database."""
+    if getattr(request, "param", "sqlite") == "sqlite":
         return str(tmp_path / "labels.db")
     return str(request.getfixturevalue("postgres").database())
 
@@ -126,3 +142,119 @@ def project(store: LabelStore) -> Project:
     )
     store.add_items(project, [comparison(0), comparison(1, answers=3)])
     return project
+
+
+# The pages
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+FLAGS += ["--no-first-run", "--disable-sync", "--disable-quic"]
+PASSWORD = "correct horse battery"
+in_browser = [
+    pytest.mark.skipif(CHROMIUM is None, reason="CHROMIUM IS NOT INSTALLED: the pages are not tested"),
+    pytest.mark.browser,
+]
+# What the page's policy stopped from running or loading is not to have been tried.
+WATCH = """
+window.__tried = [];
+addEventListener("securitypolicyviolation", (event) => {
+  if (event.effectiveDirective === "script-src-attr" || /evil|javascript|^data/.test(event.blockedURI))
+    window.__tried.push(`${event.effectiveDirective} ${event.blockedURI}`);
+}, true);
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """The app over one database; it can be stopped and started again at the same address."""
+
+    def __init__(self, path: Path) -> None:
+        self.store, self.port = LabelStore(path), free_port()
+        # These tests are about pages: what the disk keeps is tested elsewhere, and waiting for it costs half a minute.
+        engine = self.store.database.engine
+        engine.dispose()
+        sa.event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA synchronous = OFF"))
+        self.start()
+
+    def start(self) -> None:
+        from labeling_ui.server import serving
+
+        self.block = serving(self.store, Address(port=self.port))
+        self.origin = self.block.__enter__().origins[0]
+
+    def stop(self) -> None:
+        self.block.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("browser") / "labels.db")
+    yield server
+    server.stop()
+    server.store.close()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(server: Server, chromium: Any) -> Iterator[Callable[..., Any]]:
+    """Opens the labelling page of a project for someone who joins by it, in a browser of their own."""
+    contexts = []
+
+    def open_page(project: Any, name: str = "ann", **options: Any) -> Any:
+        context = chromium.new_context(**options)
+        contexts.append(context)
+        context.add_init_script(WATCH)
+        page = context.new_page()
+        page.outside, page.errors, page.dialogs, page.opened = [], [], [], []
+        own = (server.origin, "data:", "blob:")
+        page.on("request", lambda r: None if r.url.startswith(own) else page.outside.append(r.url))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.on("dialog", lambda dialog: (page.dialogs.append(dialog.message), dialog.dismiss()))
+        page.on("popup", lambda other: page.opened.append(other.url))
+        role = "admin" if name.startswith("admin") else "annotator"
+        accounts = Accounts(server.store)
+        if any(each["name"] == name for each in accounts.annotators()):
+            page.goto(f"{server.origin}/login")
+        else:
+            page.goto(f"{server.origin}/join?token={accounts.invite(role)}")
+        page.fill("#name", name)
+        page.fill("#password", PASSWORD)
+        page.click("button[type=submit]")
+        page.goto(f"{server.origin}/label/?project={project.name}")
+        painted(page)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def painted(page: Any, before: str | None = None) -> str:
+    """Wait until an item other than `before` stands on the screen; its lease."""
+    page.wait_for_function(
+        "before => { const a = document.getElementById('align'); "
+        "return a && a.dataset.painted && a.dataset.painted !== before && a.dataset.painted === a.dataset.lease; }",
+        arg=before,
+        timeout=20000,
+    )
+    return str(page.evaluate("document.getElementById('align').dataset.painted"))
+
+
+def press(page: Any, key: str) -> str:
+    """Press a key and wait for the next item; its lease."""
+    before = page.evaluate("document.getElementById('align').dataset.painted")
+    page.keyboard.press(key)
+    return painted(page, before)

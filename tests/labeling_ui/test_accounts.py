@@ -1,4 +1,4 @@
-"""Accounts: invitations, passwords, lock-out and sessions, on both databases and with a clock turned by hand."""
+"""Accounts: invitations, passwords, lock-out and sessions, with a clock turned by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from labeling_ui.accounts import (
 )
 from labeling_ui.store import LabelStore
 from reward.records import InputError
-from tests.labeling_ui.conftest import Clock
+from tests.labeling_ui.conftest import Clock, on_both
 
 PASSWORD, OTHER = "correct horse battery", "staple staple paper"
 WRONG = "The name or the password is wrong."
@@ -79,6 +79,7 @@ def fail(accounts: Accounts, name: str, times: int = 1, **more: Any) -> None:
 
 
 @pytest.mark.parametrize("role", ["annotator", "reviewer", "admin"])
+@on_both
 def test_an_invitation_makes_one_account_of_its_role(accounts: Accounts, role: str) -> None:
     token = accounts.invite(role)
     assert accounts.invited_role(token) == role
@@ -90,6 +91,7 @@ def test_an_invitation_makes_one_account_of_its_role(accounts: Accounts, role: s
     assert [each["name"] for each in accounts.annotators()] == ["Ann.B"]
 
 
+@on_both
 def test_an_invitation_ends(accounts: Accounts, clock: Clock) -> None:
     token = accounts.invite("annotator")
     short = accounts.invite("annotator", seconds=60)
@@ -104,6 +106,7 @@ def test_an_invitation_ends(accounts: Accounts, clock: Clock) -> None:
     assert accounts.annotators() == []
 
 
+@on_both
 def test_an_invitation_used_by_many_at_once_lets_one_in(accounts: Accounts) -> None:
     token, barrier = accounts.invite("annotator"), threading.Barrier(8)
 
@@ -120,6 +123,7 @@ def test_an_invitation_used_by_many_at_once_lets_one_in(accounts: Accounts) -> N
     assert len(accounts.annotators()) == 1
 
 
+@on_both
 def test_an_invitation_can_be_used_up_without_an_account(accounts: Accounts) -> None:
     token = accounts.invite("admin")
     accounts.use_invitation(token, "local")
@@ -171,6 +175,7 @@ def test_what_is_refused_leaves_the_invitation_for_another_try(
 
 
 @pytest.mark.parametrize("name", ["ann", "ANN"])
+@on_both
 def test_a_name_is_taken_in_any_case(accounts: Accounts, ann: str, name: str) -> None:
     token = accounts.invite("admin")
     with pytest.raises(Denied, match=f"The name {name} is taken"):
@@ -197,6 +202,7 @@ def test_no_hash_is_made_for_who_has_no_invitation(accounts: Accounts, monkeypat
 
 
 @pytest.mark.parametrize("name", ["ann", "Ann", "ANN"])
+@on_both
 def test_log_in(accounts: Accounts, ann: str, name: str) -> None:
     assert accounts.session(accounts.log_in(name, PASSWORD)) == Annotator("ann", "annotator")
 
@@ -221,6 +227,7 @@ def test_a_password_counts_to_its_last_character(accounts: Accounts) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "bob", "ann'--", "ann\0", "\ud800", "%", "x" * 100_000, "ann\u202e"])
+@on_both
 def test_odd_names_are_wrong_names(accounts: Accounts, ann: str, name: str) -> None:
     fail(accounts, name)
 
@@ -237,6 +244,7 @@ def test_an_unknown_name_takes_the_same_path(accounts: Accounts, ann: str, monke
     assert len({hashed.rsplit("$", 2)[0] for hashed in watched.hashes}) == 1  # kind, version and cost
 
 
+@on_both
 def test_a_local_account_has_no_password_that_fits(accounts: Accounts) -> None:
     assert accounts.session(accounts.local("local")) == Annotator("local", "admin")
     assert accounts.session(accounts.local("local")) == Annotator("local", "admin")
@@ -249,6 +257,7 @@ def test_a_local_account_has_no_password_that_fits(accounts: Accounts) -> None:
 # Lock-out
 
 
+@on_both
 def test_lock_out_and_its_end(accounts: Accounts, ann: str, clock: Clock) -> None:
     fail(accounts, "ann", LOCKOUT_FAILURES)
     for password in (PASSWORD, OTHER):
@@ -307,6 +316,7 @@ def test_an_address_that_tries_many_names_is_locked_out(accounts: Accounts, ann:
     accounts.log_in("ann", PASSWORD, "10.0.0.1")
 
 
+@on_both
 def test_attempts_at_the_same_time_do_not_outnumber_the_limit(
     accounts: Accounts, ann: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +335,7 @@ def test_attempts_at_the_same_time_do_not_outnumber_the_limit(
 # Sessions
 
 
+@on_both
 def test_a_session_ends(accounts: Accounts, ann: str, clock: Clock) -> None:
     cookie = accounts.log_in("ann", PASSWORD)
     clock.seconds += SESSION_SECONDS - 1
@@ -333,6 +344,7 @@ def test_a_session_ends(accounts: Accounts, ann: str, clock: Clock) -> None:
     assert accounts.session(cookie) is None
 
 
+@on_both
 def test_sessions_survive_a_restart(where: str, clock: Clock) -> None:
     with LabelStore(where, clock=clock) as store:
         accounts = Accounts(store)
@@ -345,6 +357,7 @@ def test_sessions_survive_a_restart(where: str, clock: Clock) -> None:
         accounts.log_in("ann", PASSWORD)
 
 
+@on_both
 def test_a_lock_out_survives_a_restart(where: str, clock: Clock) -> None:
     with LabelStore(where, clock=clock) as store:
         fail(Accounts(store), "ann", LOCKOUT_FAILURES)
@@ -352,6 +365,7 @@ def test_a_lock_out_survives_a_restart(where: str, clock: Clock) -> None:
         Accounts(store).log_in("ann", PASSWORD)
 
 
+@on_both
 def test_log_out_ends_one_session_and_revoke_all(accounts: Accounts, ann: str) -> None:
     one, two, three = (accounts.log_in("ann", PASSWORD) for _ in range(3))
     assert len({one, two, three}) == 3
@@ -376,6 +390,7 @@ def test_roles_contain_each_other() -> None:
 # Who is shut out
 
 
+@on_both
 def test_disable_shuts_out_at_once_and_can_be_taken_back(accounts: Accounts, ann: str) -> None:
     cookie = accounts.log_in("ann", PASSWORD)
     accounts.disable("ann")
@@ -388,6 +403,7 @@ def test_disable_shuts_out_at_once_and_can_be_taken_back(accounts: Accounts, ann
     accounts.log_in("ann", PASSWORD)
 
 
+@on_both
 def test_the_last_admin_stays(accounts: Accounts) -> None:
     assert not accounts.has_admin()
     for name in ("one", "two"):
@@ -402,6 +418,7 @@ def test_the_last_admin_stays(accounts: Accounts) -> None:
     assert accounts.has_admin()
 
 
+@on_both
 def test_nobody_is_not_disabled(accounts: Accounts) -> None:
     with pytest.raises(InputError, match="no annotator bob"):
         accounts.disable("bob")

@@ -116,14 +116,37 @@ def test_one_person_comes_in_by_the_link_once(store: LabelStore, people: Project
     app = create_app(store, Site([ORIGIN], local=True), pages=False)
     token = Accounts(store).invite("admin")
     browser = client(app)
-    assert browser.get("/local?token=guess").status_code == 403
-    assert browser.get(f"/local?token={token}").status_code == 303
+    for wrong in ("guess", "", Accounts(store).invite("annotator")):
+        assert browser.get("/local", params={"token": wrong}).status_code == 403
+        assert browser.post("/local", data={"token": wrong}).status_code == 403
+    entered = browser.post("/local", data={"token": token})
+    assert (entered.status_code, entered.headers["location"]) == (303, "/label/")
     assert browser.get("/api/projects").json()["role"] == "admin"
-    assert client(app).get(f"/local?token={token}").status_code == 403
+    for late in (client(app).get(f"/local?token={token}"), client(app).post("/local", data={"token": token})):
+        assert late.status_code == 403 and "Open the printed link" in late.text and "set-cookie" not in late.headers
     assert client(app).post("/login", data={"name": "local", "password": ""}).status_code == 403
     ordinary = client(create_app(store, Site([ORIGIN]), pages=False))
-    assert ordinary.get(f"/local?token={Accounts(store).invite('admin')}").status_code == 403
+    other = Accounts(store).invite("admin")
+    assert ordinary.get(f"/local?token={other}").status_code == 403
+    assert ordinary.post("/local", data={"token": other}).status_code == 403
     assert ordinary.post("/login", data={"name": "local", "password": ""}).status_code == 403
+
+
+def test_looking_at_the_link_does_not_use_it_up(store: LabelStore, people: Project) -> None:
+    """Mail scanners, previews and browsers that fetch ahead ask for every link; a person presses the button."""
+    app = create_app(store, Site([ORIGIN], local=True), pages=False)
+    token = Accounts(store).invite("admin")
+    scanner = client(app, **{"Sec-Purpose": "prefetch", "Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"})
+    for look in (scanner.get, scanner.head, scanner.get):
+        seen = look(f"/local?token={token}")
+        assert seen.status_code in (200, 405) and "set-cookie" not in seen.headers
+        assert seen.headers["cache-control"] == "no-store"
+    assert f'value="{token}"' in seen.text and "<button" in seen.text
+    assert scanner.get("/api/projects").status_code == 409
+    for origin in OTHERS:
+        evil = TestClient(app, base_url=ORIGIN, headers={"Origin": origin}, follow_redirects=False)
+        assert evil.post("/local", data={"token": token}).status_code == 403
+    assert client(app).post("/local", data={"token": token}).status_code == 303
 
 
 # Other pages
@@ -156,7 +179,7 @@ def test_no_other_origin_changes_or_reads_anything(
     ):
         response = send(evil, path, lease=lease, key="k", value=1, reason="x")
         assert response.status_code == 403 and "access-control-allow-origin" not in response.headers
-    for path in ("/login", "/join", "/logout"):
+    for path in ("/login", "/join", "/local", "/logout"):
         assert evil.post(path, data={}).status_code == 403
     assert evil.get("/api/next?project=people").status_code == 403
     preflight = evil.options("/api/label", headers={"Access-Control-Request-Method": "POST"})

@@ -18,7 +18,7 @@ from labeling_ui.assignment import UNDO_DEPTH, Assigner, Lease, Refused, drawn_o
 from labeling_ui.schema import ITEM, LABEL, LEASE
 from labeling_ui.store import LabelStore, Project, Settings
 from reward.records import InputError
-from tests.labeling_ui.conftest import Clock, comparison
+from tests.labeling_ui.conftest import Clock, comparison, on_both
 
 
 def make(store: LabelStore, items: int = 6, name: str = "p", **settings: Any) -> Assigner:
@@ -52,6 +52,7 @@ def counts(assigner: Assigner) -> Counter[int]:
 
 
 @pytest.mark.parametrize("overlap", [1, 3])
+@on_both
 def test_everyone_together_gives_every_item_its_labels_and_no_more(store: LabelStore, overlap: int) -> None:
     assigner = make(store, items=8, overlap=overlap)
     people = [f"ann-{n}" for n in range(5)]
@@ -63,6 +64,7 @@ def test_everyone_together_gives_every_item_its_labels_and_no_more(store: LabelS
     assert (progress.given, progress.wanted, progress.mine) == (8 * overlap, 8 * overlap, len(done[0]))
 
 
+@on_both
 def test_a_lease_takes_the_place_of_a_label(store: LabelStore) -> None:
     assigner = make(store, items=1)
     lease = assigner.next("ann")
@@ -72,6 +74,7 @@ def test_a_lease_takes_the_place_of_a_label(store: LabelStore) -> None:
     assert assigner.next("bob") is None
 
 
+@on_both
 def test_caps_hold_under_random_behaviour(store: LabelStore, clock: Clock) -> None:
     """People label, skip, undo, leave, let leases expire and send late: at no time is an item over its cap."""
     drawn = random.Random(0)
@@ -113,6 +116,7 @@ def test_caps_hold_under_random_behaviour(store: LabelStore, clock: Clock) -> No
 # Leases
 
 
+@on_both
 def test_an_expired_lease_frees_its_item_and_a_late_label_is_taken_or_refused(store: LabelStore, clock: Clock) -> None:
     assigner = make(store, items=1, lease_seconds=60.0)
     first = assigner.next("ann")
@@ -130,6 +134,7 @@ def test_an_expired_lease_frees_its_item_and_a_late_label_is_taken_or_refused(st
         answer(assigner, first)
 
 
+@on_both
 def test_a_heartbeat_keeps_a_lease(store: LabelStore, clock: Clock) -> None:
     assigner = make(store, items=1, lease_seconds=60.0)
     lease = assigner.next("ann")
@@ -143,6 +148,7 @@ def test_a_heartbeat_keeps_a_lease(store: LabelStore, clock: Clock) -> None:
         assigner.heartbeat("ann", lease.token)
 
 
+@on_both
 def test_time_does_not_run_backwards(store: LabelStore, clock: Clock) -> None:
     assigner = make(store, items=1, lease_seconds=60.0)
     first = assigner.next("ann")
@@ -162,6 +168,7 @@ def test_only_who_holds_the_lease_may_answer(store: LabelStore) -> None:
     assert store.count_labels(assigner.project) == 0
 
 
+@on_both
 def test_the_same_label_sent_again_is_stored_once(store: LabelStore) -> None:
     assigner = make(store)
     lease = assigner.next("ann")
@@ -203,6 +210,7 @@ def test_no_answer_is_favoured_on_the_screen() -> None:
 # Undo and skip
 
 
+@on_both
 def test_undo_lends_the_item_again_as_it_was_shown(store: LabelStore) -> None:
     assigner = make(store)
     first = assigner.next("ann")
@@ -220,6 +228,7 @@ def test_undo_lends_the_item_again_as_it_was_shown(store: LabelStore) -> None:
     assert [event.body["value"] for event in store.labels(assigner.project)] == [1]
 
 
+@on_both
 def test_undo_goes_back_one_by_one_and_forward_again_in_order(store: LabelStore) -> None:
     assigner = make(store)
     keys = work(assigner, "ann", most=3)
@@ -245,6 +254,7 @@ def test_undo_is_twenty_deep(store: LabelStore) -> None:
     assert store.count_labels(assigner.project) == 3
 
 
+@on_both
 def test_a_skipped_item_goes_to_others_and_never_comes_back(store: LabelStore) -> None:
     assigner = make(store, items=2)
     lease = assigner.next("ann")
@@ -293,12 +303,14 @@ def test_rankings_speak_of_answers_or_of_places(store: LabelStore) -> None:
 # Order of items
 
 
+@on_both
 def test_least_labelled_items_come_first(store: LabelStore) -> None:
     assigner = make(store, items=8, overlap=3, policy="least")
     first, second = work(assigner, "ann", most=3), work(assigner, "bob", most=3)
     assert not set(first) & set(second)
 
 
+@on_both
 def test_uncertain_items_come_first_and_some_at_random(store: LabelStore) -> None:
     assigner = make(store, items=200, policy="active", random_share=0.3)
     store.prioritise(assigner.project, {f"c{n}:0-1": 1 - n / 200 for n in range(200)})
@@ -311,6 +323,7 @@ def test_uncertain_items_come_first_and_some_at_random(store: LabelStore) -> Non
     assert by_policy == sorted(by_policy)
 
 
+@on_both
 def test_gold_items_are_mixed_in_beside_the_cap(store: LabelStore) -> None:
     project = store.create_project("p", settings=Settings(gold_share=0.3))
     store.add_items(project, [comparison(n) for n in range(60)])
@@ -346,6 +359,7 @@ def test_the_plan_of_next_uses_its_index(tmp_path: Path) -> None:
                     assert "USE TEMP B-TREE" not in plan, plan
 
 
+@on_both
 def test_projects_keep_apart(store: LabelStore) -> None:
     one, two = make(store, items=2, name="one"), make(store, items=2, name="two")
     assert len(work(one, "ann")) == len(work(two, "ann")) == 2
@@ -353,6 +367,7 @@ def test_projects_keep_apart(store: LabelStore) -> None:
     assert store.count_labels(lease) == 2
 
 
+@on_both
 def test_many_threads_of_one_annotator_hold_one_item(store: LabelStore) -> None:
     assigner, tokens, gate = make(store), set(), threading.Barrier(6)
 

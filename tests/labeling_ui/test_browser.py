@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,57 +11,11 @@ import pytest
 
 from labeling_ui.accounts import Accounts
 from labeling_ui.address import Address
-from labeling_ui.server import serving
+from labeling_ui.server import first_link, serving
 from labeling_ui.store import LabelStore, Settings
-from tests.labeling_ui.conftest import comparison
+from tests.labeling_ui.conftest import Server, comparison, free_port, in_browser, painted, press
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="CHROMIUM IS NOT INSTALLED: the page is not tested"),
-    pytest.mark.browser,
-]
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-FLAGS += ["--no-first-run", "--disable-sync", "--disable-quic"]
-PASSWORD = "correct horse battery"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Server:
-    """The app over one database; it can be stopped and started again at the same address."""
-
-    def __init__(self, path: Path) -> None:
-        self.store, self.port = LabelStore(path), free_port()
-        self.start()
-
-    def start(self) -> None:
-        self.block = serving(self.store, Address(port=self.port))
-        self.origin = self.block.__enter__().origins[0]
-
-    def stop(self) -> None:
-        self.block.__exit__(None, None, None)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("browser") / "labels.db")
-    yield server
-    server.stop()
-    server.store.close()
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
+pytestmark = in_browser
 
 
 @pytest.fixture
@@ -81,55 +33,6 @@ def project(server: Server, request: pytest.FixtureRequest) -> Callable[..., Any
         return found
 
     return make
-
-
-@pytest.fixture
-def open_page(server: Server, chromium: Any) -> Iterator[Callable[..., Any]]:
-    contexts = []
-
-    def open_page(project: Any, name: str = "ann", **options: Any) -> Any:
-        context = chromium.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
-        page.outside, page.errors = [], []
-        page.on(
-            "request",
-            lambda r: page.outside.append(r.url) if not r.url.startswith((server.origin, "data:", "blob:")) else None,
-        )
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        role = "admin" if name.startswith("admin") else "annotator"
-        accounts = Accounts(server.store)
-        if any(each["name"] == name for each in accounts.annotators()):
-            page.goto(f"{server.origin}/login")
-        else:
-            page.goto(f"{server.origin}/join?token={accounts.invite(role)}")
-        page.fill("#name", name)
-        page.fill("#password", PASSWORD)
-        page.click("button[type=submit]")
-        page.goto(f"{server.origin}/label/?project={project.name}")
-        painted(page)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-
-
-def painted(page: Any, before: str | None = None) -> str:
-    """Wait until an item other than `before` stands on the screen; its lease."""
-    page.wait_for_function(
-        "before => { const a = document.getElementById('align'); "
-        "return a && a.dataset.painted && a.dataset.painted !== before && a.dataset.painted === a.dataset.lease; }",
-        arg=before,
-        timeout=20000,
-    )
-    return str(page.evaluate("document.getElementById('align').dataset.painted"))
-
-
-def press(page: Any, key: str) -> str:
-    before = page.evaluate("document.getElementById('align').dataset.painted")
-    page.keyboard.press(key)
-    return painted(page, before)
 
 
 def labels(server: Server, project: Any) -> list[Any]:
@@ -242,19 +145,36 @@ def test_four_answers_are_ranked_with_five_keys(server: Server, project: Any, op
     assert sum(map(len, labels(server, made)[1].body["ranking"])) == 2
 
 
-def test_a_label_outlives_the_server(server: Server, project: Any, open_page: Any) -> None:
+@pytest.mark.parametrize("seconds", [1, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_label_outlives_the_server(server: Server, project: Any, open_page: Any, seconds: float) -> None:
+    """The server is away for so long while somebody labels: nothing is lost or doubled, and the page says what is."""
     made = project()
     page = open_page(made)
-    before = page.evaluate("document.getElementById('align').dataset.painted")
+    press(page, "2")
+    before = press(page, "3")
+    page.keyboard.press("c")
+    page.keyboard.type("half a thought")
+    page.keyboard.press("Escape")
     server.stop()
+    gone, tried = time.monotonic(), 0
     page.keyboard.press("6")
     page.wait_for_function("() => document.getElementById('align').dataset.state === 'offline'", timeout=20000)
-    assert "kept here" in page.inner_text("#al-state")
-    time.sleep(1)
+    while time.monotonic() - gone < seconds:
+        page.keyboard.press("1")
+        tried += 1
+        assert page.get_attribute("#align", "data-state") == "offline" and "kept here" in page.inner_text("#al-state")
+        page.wait_for_timeout(500)
+    assert page.inner_text("#al-message").startswith(f"{tried} key")  # refused, and told
     server.start()
+    back = time.monotonic()
     painted(page, before)
-    assert [event.body["value"] for event in labels(server, made)] == [6]
-    assert page.url.endswith(f"project={made.name}")  # no new log-in
+    print(f"away {back - gone:.1f} s, {tried} keys refused meanwhile, sent {time.monotonic() - back:.1f} s after")
+    assert page.inner_text("#al-state") == "Saved"
+    press(page, "5")
+    events = server.store.events(made)
+    assert [(event.kind, event.body["value"]) for event in events] == [("label", value) for value in (2, 3, 6, 5)]
+    assert events[2].body["comment"] == "half a thought" and len({event.item_id for event in events}) == 4
+    assert "/login" not in page.url
 
 
 def test_a_label_outlives_the_page(server: Server, project: Any, open_page: Any) -> None:
@@ -267,53 +187,6 @@ def test_a_label_outlives_the_page(server: Server, project: Any, open_page: Any)
     page.goto(f"{server.origin}/label/?project={made.name}")
     painted(page)
     assert [event.body["value"] for event in labels(server, made)] == [6]
-
-
-HOSTILE = [
-    "<script>window.hit = 1</script>",
-    "<img src=x onerror='window.hit=1'>",
-    "<img src='http://evil.example/a.png'>",
-    "![pixel](http://evil.example/b.png)",
-    "[click](javascript:window.hit=1)",
-    "<a href='http://evil.example' onmouseover='window.hit=1'>x</a>",
-    "<iframe src='http://evil.example'></iframe>",
-    "<svg onload='window.hit=1'><script>window.hit=1</script></svg>",
-    "<style>* { background: url(http://evil.example/c) }</style>",
-    "<div style='position:fixed;inset:0;z-index:99999;background:red'>cover</div>",
-    "<form action='http://evil.example'><input name=password><button>Log in</button></form>",
-    "<p id='al-undo'>duplicate</p><div class='al-bar'>x</div>",
-    "<object data='http://evil.example'></object><embed src='http://evil.example'>",
-    "<link rel=stylesheet href='http://evil.example/d.css'><base href='http://evil.example'>",
-    "<math><mtext><table><mglyph><style><img src=x onerror=window.hit=1>",
-    "<details open ontoggle='window.hit=1'>x</details>",
-    "<video src='http://evil.example/e.mp4' autoplay onerror='window.hit=1'></video>",
-    "```html\n<script>window.hit=1</script>\n```",
-    "</div></section><h1>out</h1><script>window.hit=1</script>",
-    "\u202egnitirw desrever \u2066x\u2069 \u0007\u001b[31m",
-]
-
-
-def test_hostile_answers_do_nothing(server: Server, project: Any, open_page: Any) -> None:
-    made = project(0)
-    hostile = [
-        comparison(n, prompt=[{"role": "user", "content": text}], answers=2)
-        | {"answers": [{"text": text}, {"text": "x" + text}]}
-        for n, text in enumerate(HOSTILE)
-    ]
-    server.store.add_items(made, hostile)
-    page = open_page(made)
-    for number in range(len(HOSTILE)):
-        found = page.evaluate(
-            """() => [...document.querySelectorAll('.al-text')].flatMap((box) => [...box.querySelectorAll('*')])
-              .filter((e) => e.id || e.style.cssText || [...e.attributes].some((a) => a.name.startsWith('on'))
-                || ['SCRIPT', 'IMG', 'IFRAME', 'FORM', 'INPUT', 'BUTTON', 'STYLE', 'LINK', 'OBJECT', 'EMBED', 'A',
-                  'VIDEO', 'BASE', 'SVG'].includes(e.tagName.toUpperCase()))
-              .map((e) => e.outerHTML)"""
-        )
-        assert found == []
-        if number + 1 < len(HOSTILE):
-            press(page, "4")
-    assert page.evaluate("window.hit") is None and not page.outside
 
 
 def test_a_phone_shows_answers_below_each_other(server: Server, project: Any, open_page: Any) -> None:
@@ -364,7 +237,7 @@ def test_the_admin_page(server: Server, project: Any, open_page: Any) -> None:
     box.fill(made.name)
     page.keyboard.press("Enter")
     page.wait_for_selector("text=2 of 6 labels")
-    assert "<b>eve</b>" in page.inner_text("body")  # as text
+    assert "<b>eve</b>" in page.inner_text("body")  # as text; see test_hostile for much more
     page.get_by_role("tab", name="Disagreements").click()
     page.wait_for_selector("summary")
     page.locator("summary").first.click()
@@ -439,3 +312,20 @@ def test_axe_on_the_admin_page(server: Server, project: Any, open_page: Any) -> 
     page.goto(f"{server.origin}/admin/")
     page.wait_for_selector("text=Annotators")
     assert serious(page) == []
+
+
+def test_one_person_opens_the_printed_link(chromium: Any, tmp_path: Path) -> None:
+    with LabelStore(tmp_path / "local.db") as store:
+        store.add_items(store.create_project("mine", settings=Settings(gold_share=0.0)), [comparison()])
+        with serving(store, Address(port=free_port()), local=True) as site:
+            link, context = str(first_link(store, site)), chromium.new_context()
+            page = context.new_page()
+            for _ in range(2):  # looking at it does not use it up
+                page.goto(link)
+            assert serious(page) == []
+            page.click("text=Start")
+            painted(page)
+            assert page.url == f"{site.origins[0]}/label/"
+            page.goto(link)
+            assert page.inner_text("h1") == "Open the printed link"
+            context.close()

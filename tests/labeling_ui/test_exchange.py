@@ -358,6 +358,7 @@ def test_preferences(store: LabelStore, pairs: Project, tmp_path: Path) -> None:
         "margin": 2.5,
         "weight": 1.0,
         "annotators": ["ann", "bob"],
+        "strengths": [2, 3],
         "comparison_id": "c0",
         "pair": [0, 1],
         "split": "train",
@@ -732,3 +733,18 @@ def test_what_contradicts_the_store_is_refused(
     with pytest.raises(InputError, match=message):
         import_store(store, tmp_path / "b.jsonl")
     assert told(store, store.project("lived")) == before
+
+
+def test_a_reviewers_verdict_survives_too(store: LabelStore, lived: Project, tmp_path: Path) -> None:
+    store.adjudicate(lived, "c0:0-1", "rev", {"value": 7}, "v0")
+    export_store(store, lived, tmp_path / "a.jsonl")
+    with LabelStore(tmp_path / "copy.db") as copy:
+        project = import_store(copy, tmp_path / "a.jsonl").project
+        assert told(copy, project) == told(store, lived)
+        export_store(copy, project, tmp_path / "b.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    lines = read_jsonl(tmp_path / "a.jsonl")
+    lines[-1]["event"]["body"]["value"] = 9
+    (tmp_path / "b.jsonl").write_bytes(jsonl(*lines))
+    with LabelStore(tmp_path / "other.db") as other, pytest.raises(InputError, match="A label has the value 9"):
+        import_store(other, tmp_path / "b.jsonl")

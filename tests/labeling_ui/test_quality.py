@@ -15,7 +15,7 @@ import pytest
 
 from labeling_ui.agreement import krippendorff, side_bias
 from labeling_ui.assignment import Assigner
-from labeling_ui.quality import AnnotatorQuality, Opinion, disagreements, quality, reliability
+from labeling_ui.quality import AnnotatorQuality, Opinion, Remark, disagreements, quality, reliability, remarks
 from labeling_ui.store import Item, LabelStore, Project, Settings
 from tests.labeling_ui.conftest import comparison
 
@@ -295,6 +295,25 @@ def test_figures_hold_while_others_label(store: LabelStore, monkeypatch: pytest.
     monkeypatch.setattr(store, "events", meanwhile)
     for figures in (quality, disagreements, reliability):
         figures(store, project)
+
+
+def test_remarks_are_the_words_that_count_the_newest_first(store: LabelStore) -> None:
+    project = make(store, items=3)
+    say(store, project, "ann", 0, 1, comment="first thought")
+    say(store, project, "bob", 0, 7, comment="no", flag="odd", rewrite="Better.")
+    say(store, project, "ann", 0, 2, comment="second thought")
+    say(store, project, "ann", 1, 4)
+    assigner = Assigner(store, project)
+    lease = assigner.next("cid")
+    assert lease is not None
+    assigner.skip("cid", lease.token, "s", {"order": list(lease.order), "reason": "not my field"})
+    assert remarks(store, project) == [
+        Remark(lease.item.key, "cid", "skip", "not my field"),
+        Remark("c0:0-1", "ann", "comment", "second thought"),
+        Remark("c0:0-1", "bob", "flag", "odd"),
+        Remark("c0:0-1", "bob", "comment", "no"),
+        Remark("c0:0-1", "bob", "better answer", "Better."),
+    ]
 
 
 # Reliability

@@ -21,7 +21,7 @@ from labeling_ui.schema import metadata
 from labeling_ui.store import Judgement, LabelStore, Project, Settings
 from reward.aggregate import Vote, preferences
 from reward.records import InputError, user_prompt
-from tests.labeling_ui.conftest import Postgres, comparison
+from tests.labeling_ui.conftest import Postgres, comparison, on_both
 
 
 def judgement(**changed: Any) -> Judgement:
@@ -43,6 +43,7 @@ def sqlite_file(store: LabelStore) -> Path:
 # Projects and items
 
 
+@on_both
 def test_items_are_the_pairs_of_each_comparison(store: LabelStore, project: Project) -> None:
     items = store.items(project)
     assert [item.key for item in items] == ["c0:0-1", "c1:0-1", "c1:0-2", "c1:1-2"]
@@ -55,6 +56,7 @@ def test_items_are_the_pairs_of_each_comparison(store: LabelStore, project: Proj
     }
 
 
+@on_both
 def test_a_prompt_is_on_one_side_only(store: LabelStore, project: Project) -> None:
     twin = comparison(0) | {"id": "twin", "split": "test"}
     with pytest.raises(
@@ -66,6 +68,7 @@ def test_a_prompt_is_on_one_side_only(store: LabelStore, project: Project) -> No
     assert len(store.items(project)) == 4
 
 
+@on_both
 def test_a_model_may_write_the_character_0(store: LabelStore, project: Project) -> None:
     store.add_items(project, [comparison(5) | {"answers": [{"text": "a\0b"}, {"text": "b"}]}])
     item = store.items(project)[-1]
@@ -90,6 +93,7 @@ def test_extra_columns_ride_along(store: LabelStore, project: Project) -> None:
     assert store.items(project)[-1].payload["source"] == "forum"
 
 
+@on_both
 def test_import_again_adds_nothing(store: LabelStore, project: Project) -> None:
     found = store.add_items(project, [comparison(0), comparison(1, 3), comparison(2, 4), comparison(2, 4)])
     assert (found.added, found.there) == (6, 10)
@@ -98,6 +102,7 @@ def test_import_again_adds_nothing(store: LabelStore, project: Project) -> None:
     assert len(store.items(project)) == 10
 
 
+@on_both
 def test_changed_comparison_is_refused_and_nothing_is_added(store: LabelStore, project: Project) -> None:
     with pytest.raises(InputError, match=r"Comparison c1 .* different content"):
         store.add_items(project, [comparison(7), comparison(1, answers=4)])
@@ -128,6 +133,7 @@ def test_malformed_comparison_is_refused(store: LabelStore, changed: dict[str, A
     assert store.items(project) == []
 
 
+@on_both
 def test_project_is_made_once(store: LabelStore, project: Project) -> None:
     assert store.create_project("helpful") == project
     assert store.project("helpful") == project
@@ -143,6 +149,7 @@ def test_simulated_and_human_labels_never_mix(store: LabelStore, project: Projec
         store.create_project("robots")
 
 
+@on_both
 def test_guidelines_have_versions_that_labels_name(store: LabelStore, project: Project) -> None:
     first = store.record(project, judgement())
     changed = store.create_project(project.name, instructions="Choose the longer answer.")
@@ -152,6 +159,7 @@ def test_guidelines_have_versions_that_labels_name(store: LabelStore, project: P
     assert store.create_project(project.name).instructions == "Choose the longer answer."
 
 
+@on_both
 def test_settings_change_but_not_the_mode(store: LabelStore, project: Project) -> None:
     wider = store.create_project(project.name, settings=Settings(overlap=3))
     assert wider.settings.overlap == 3 and store.project(project.name) == wider
@@ -167,6 +175,7 @@ def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
         Settings(**wrong)
 
 
+@on_both
 def test_a_ranking_project_judges_all_answers_at_once(store: LabelStore) -> None:
     project = store.create_project("ranked", settings=Settings(mode="ranking"))
     store.add_items(project, [comparison(1, answers=4)])
@@ -190,6 +199,7 @@ def test_a_ranking_project_judges_all_answers_at_once(store: LabelStore) -> None
 # Labels
 
 
+@on_both
 def test_label_survives_reopening(where: str) -> None:
     with LabelStore(where) as store:
         project = store.create_project("p")
@@ -215,6 +225,7 @@ def test_label_turned_to_the_order_of_the_item(store: LabelStore, project: Proje
     assert swapped.votes() == [((0, 1), Vote("bob", 6))]
 
 
+@on_both
 def test_same_key_returns_the_first_label(store: LabelStore, project: Project) -> None:
     first = store.record_many(project, [judgement(), judgement()])
     assert first[0] == first[1] == store.record_many(project, [judgement()])[0]
@@ -229,6 +240,7 @@ def test_same_key_with_other_content_is_refused(store: LabelStore, project: Proj
     assert store.count_labels(project) == 1
 
 
+@on_both
 def test_keys_belong_to_one_project(store: LabelStore, project: Project) -> None:
     other = store.create_project("other")
     store.add_items(other, [comparison()])
@@ -273,10 +285,12 @@ def test_item_of_another_project_is_unknown(store: LabelStore, project: Project)
         store.record_many(store.create_project("other"), [judgement()])
 
 
+@on_both
 def test_nothing_to_record(store: LabelStore, project: Project) -> None:
     assert store.record_many(project, []) == []
 
 
+@on_both
 def test_newest_label_of_an_annotator_is_the_vote(store: LabelStore, project: Project) -> None:
     store.record_many(
         project, [judgement(value=1), judgement(annotator="bob", key="b"), judgement(value=4, key="corrected")]
@@ -291,6 +305,7 @@ def test_newest_label_of_an_annotator_is_the_vote(store: LabelStore, project: Pr
     assert result.unlabelled == 3
 
 
+@on_both
 def test_digest_is_of_what_was_said_and_not_of_where_it_is_stored(
     store: LabelStore, project: Project, tmp_path: Path
 ) -> None:
@@ -308,6 +323,7 @@ def test_digest_is_of_what_was_said_and_not_of_where_it_is_stored(
     assert len({empty, one, store.digest(project)}) == 3
 
 
+@on_both
 def test_a_verdict_overrides_the_labels(store: LabelStore, project: Project) -> None:
     store.record_many(project, [judgement(value=1), judgement(annotator="bob", key="b", value=7)])
     event = store.adjudicate(project, "c0:0-1", "rev", {"value": 6}, "v")
@@ -322,6 +338,7 @@ def test_a_verdict_overrides_the_labels(store: LabelStore, project: Project) -> 
         store.adjudicate(project, "c0:0-1", "rev", {"value": 8}, "w")
 
 
+@on_both
 def test_a_replay_rebuilds_the_projection(store: LabelStore, project: Project) -> None:
     store.record_many(
         project, [judgement(value=1), judgement(annotator="bob", key="b"), judgement(value=4, key="corrected")]
@@ -336,6 +353,7 @@ def test_a_replay_rebuilds_the_projection(store: LabelStore, project: Project) -
     assert store.project(project.name) == project
 
 
+@on_both
 def test_the_migrations_make_todays_schema(store: LabelStore) -> None:
     from alembic.autogenerate import compare_metadata
     from alembic.runtime.migration import MigrationContext
@@ -365,6 +383,7 @@ SQLITE_CHANGES = [
 
 
 @pytest.mark.parametrize("statement", [*CHANGES, *SQLITE_CHANGES, "TRUNCATE events CASCADE"])
+@on_both
 def test_the_database_refuses_to_change_what_people_did(store: LabelStore, project: Project, statement: str) -> None:
     dialect = store.database.dialect
     if (statement in SQLITE_CHANGES and dialect != "sqlite") or (statement[0] == "T" and dialect == "sqlite"):
@@ -408,6 +427,7 @@ def test_database_of_another_program_is_left_alone(path: Path, statement: str) -
     assert path.read_bytes() == before
 
 
+@on_both
 def test_newer_schema_is_refused_with_both_numbers(where: str) -> None:
     with LabelStore(where) as store, store.database.write() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
@@ -596,6 +616,7 @@ def test_opening_a_new_file_together(tmp_path: Path) -> None:
             assert list(pool.map(open_store, [tmp_path / f"{n}.db"] * 4)) == ["p"] * 4
 
 
+@on_both
 def test_threads_share_one_store(store: LabelStore, project: Project) -> None:
     failures: list[BaseException] = []
 

@@ -80,4 +80,10 @@ def test_polite(tmp_path: Path, shared_data: Path) -> None:
         assert info is not None
         accuracy = info["summary"]["held_out_accuracy"]
         print(stage, accuracy)
-        assert accuracy["rate"] >= 0.9, (stage, accuracy)
+        assert accuracy["rate"] >= (0.95 if stage == "4-reward" else 0.9), (stage, accuracy)
+    trust = json.loads((tmp_path / "polite/4-reward/trust.json").read_text())
+    after = trust["figures"]["calibration"]["after"]
+    print(trust["verdict"], after["error"], after["noise"])
+    refused = [check["sentence"] for check in trust["checks"] if not check["passed"] and check["level"] == "refuse"]
+    assert not refused, refused
+    assert after["error"] <= 0.05

@@ -21,7 +21,7 @@ from align.config_file import load_config
 from align.pipeline import run_pipeline, run_stage
 from align.runs import read_info
 from reward.records import InputError, read_jsonl
-from reward.scoring import score
+from reward.scoring import score_rows
 
 CONFIG = """
 name: tiny
@@ -30,7 +30,7 @@ model: {{base: {model}, dtype: float32}}
 data: {{demonstrations: {demonstrations}, test_share: 0.3}}
 sft: {{max_steps: 20, per_device_train_batch_size: 2, max_length: 128, learning_rate: 1.0e-2, save_steps: 5}}
 sample: {{max_new_tokens: 12, answers_per_prompt: 3, batch_size: 16}}
-reward: {{max_steps: 6, per_device_train_batch_size: 4, learning_rate: 1.0e-2, save_steps: 2}}
+reward: {{max_steps: 6, per_device_train_batch_size: 4, learning_rate: 1.0e-2, save_steps: 2, trust: ignore}}
 dpo: {{max_steps: 6, per_device_train_batch_size: 4, learning_rate: 1.0e-2, save_steps: 2}}
 ppo: {{total_episodes: 32, per_device_train_batch_size: 8, response_length: 12, learning_rate: 1.0e-3, save_steps: 1}}
 compare: {{max_new_tokens: 12}}
@@ -148,7 +148,7 @@ def test_reward_loads_with_plain_calls_and_the_same_scores(config: Config) -> No
         for side in ("chosen", "rejected"):
             text = tokenizer.apply_chat_template([*row["prompt"], *row[side]], tokenize=False).removesuffix("\n")
             ids = tokenizer(text, add_special_tokens=False).input_ids
-            (found,) = score(model, [ids], tokenizer.pad_token_id)
+            (found,) = score_rows(model, [ids], tokenizer.pad_token_id)
             assert found == pytest.approx(scores[f"{side}_reward"], abs=1e-5)
 
 

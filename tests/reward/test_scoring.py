@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align import models
 from align.config import AdapterSection, ModelSection
-from reward.scoring import score
+from reward.elements import Labels
+from reward.scoring import score_rows
 from reward.training import reward_trainer
 
 F32 = ModelSection(dtype="float32")
@@ -51,17 +52,17 @@ def test_equals_the_plain_forward_of_each_row(
 ) -> None:
     wanted = [alone(classifier, row) for row in rows]
     assert len({round(value, 3) for value in wanted}) == len(rows)
-    found = score(classifier, rows, tokenizer.pad_token_id, batch_size=batch_size)
+    found = score_rows(classifier, rows, tokenizer.pad_token_id, batch_size=batch_size)
     assert found == pytest.approx(wanted, abs=1e-5)
 
 
 def test_order_is_kept_and_progress_counts(classifier: Any, tokenizer: Any, rows: list[list[int]]) -> None:
     seen: list[int] = []
-    found = score(classifier, rows, tokenizer.pad_token_id, batch_size=4, on_progress=seen.append)
+    found = score_rows(classifier, rows, tokenizer.pad_token_id, batch_size=4, on_progress=seen.append)
     assert seen == [4, 8, 9]
-    backwards = score(classifier, rows[::-1], tokenizer.pad_token_id, batch_size=4)
+    backwards = score_rows(classifier, rows[::-1], tokenizer.pad_token_id, batch_size=4)
     assert backwards[::-1] == pytest.approx(found, abs=1e-5)
-    assert score(classifier, [], tokenizer.pad_token_id) == []
+    assert score_rows(classifier, [], tokenizer.pad_token_id) == []
 
 
 @pytest.mark.parametrize("configured", ["stop token", "none", "another"])
@@ -72,13 +73,13 @@ def test_another_padding_token_in_the_models_config_does_not_move_the_score(
     wanted = [alone(classifier, row) for row in rows]
     ids = {"stop token": tokenizer.eos_token_id, "none": None, "another": 17}
     classifier.config.pad_token_id = ids[configured]
-    assert score(classifier, rows, tokenizer.pad_token_id) == pytest.approx(wanted, abs=1e-5)
+    assert score_rows(classifier, rows, tokenizer.pad_token_id) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_several_labels_are_refused(tiny_model: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
     with pytest.raises(ValueError, match="a reward model has one label, but this one has 2"):
-        score(model, [[3, 4]], 0)
+        score_rows(model, [[3, 4]], 0)
 
 
 # Training
@@ -109,7 +110,7 @@ def make_trainer(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> Any:
         section = AdapterSection(r=4)
         adapter = models.lora_config(section, "SEQ_CLS", modules_to_save=["score"]) if lora else None
         base = models.load_reward_base(str(tiny_model), F32)
-        return reward_trainer(base, tokenizer, PAIRS, arguments, adapter, margin=margin)
+        return reward_trainer(base, tokenizer, PAIRS, arguments, adapter, Labels(margin=margin))
 
     return make
 
@@ -140,7 +141,7 @@ def test_what_is_saved_scores_the_same_in_plain_transformers(
     trainer = make_trainer(lora=lora)
     trainer.train()
     rows = [pair["prompt_ids"] + pair[side] for pair in PAIRS for side in ("chosen_ids", "rejected_ids")]
-    trained = score(trainer.model, rows, tokenizer.pad_token_id)
+    trained = score_rows(trainer.model, rows, tokenizer.pad_token_id)
     assert len(set(trained)) > len(PAIRS)
     trainer.save_model(str(tmp_path / "model"))
 
@@ -148,9 +149,9 @@ def test_what_is_saved_scores_the_same_in_plain_transformers(
     plain = AutoModelForSequenceClassification.from_pretrained(place, num_labels=1, dtype=torch.float32)
     if lora:
         plain = PeftModel.from_pretrained(plain, tmp_path / "model")
-    assert score(plain, rows, tokenizer.pad_token_id) == trained
+    assert score_rows(plain, rows, tokenizer.pad_token_id) == trained
     loaded = models.load_reward_model(str(tmp_path / "model"), F32)
-    assert score(loaded, rows, tokenizer.pad_token_id) == trained
+    assert score_rows(loaded, rows, tokenizer.pad_token_id) == trained
 
 
 def start_loss(trainer: Any) -> tuple[float, Any]:
@@ -186,6 +187,6 @@ def test_the_loss_is_bradley_terry_on_our_scores(make_trainer: Any, tokenizer: A
     rows = [ids[:size] for ids, size in zip(batch["input_ids"].tolist(), sizes, strict=True)]
     wanted = {tuple(p["prompt_ids"] + p[side]) for p in PAIRS for side in ("chosen_ids", "rejected_ids")}
     assert {tuple(row) for row in rows} <= wanted  # no token added, none cut
-    scores = score(trainer.model, rows, tokenizer.pad_token_id)
+    scores = score_rows(trainer.model, rows, tokenizer.pad_token_id)
     gaps = [a - b for a, b in zip(scores[:4], scores[4:], strict=True)]
     assert loss == pytest.approx(sum(math.log1p(math.exp(-gap)) for gap in gaps) / 4, abs=1e-5)

@@ -30,7 +30,7 @@ from align.ppo import maths
 from align.ppo.cast import AdapterReward, Cast, PolicyWithValue, build_cast
 from align.ppo.rewards import Episodes, ModelReward
 from reward.records import InputError
-from reward.scoring import score
+from reward.scoring import score_rows
 
 PROMPTS = [f"Tell me about rain, {'very ' * i}number {i}." for i in range(4)]
 ANSWERS = [f" It is wet {'and cold ' * i}" for i in range(4)]
@@ -239,7 +239,7 @@ def test_an_adapter_scores_as_the_reward_model_loaded_plainly(
     stir(cast.trained.policy)
     plain = AutoModelForSequenceClassification.from_pretrained(loud_model, num_labels=1, dtype=torch.float32)
     plain.config.pad_token_id = tokenizer.pad_token_id
-    expected = score(PeftModel.from_pretrained(plain, folder), rows_of(pairs), tokenizer.pad_token_id)
+    expected = score_rows(PeftModel.from_pretrained(plain, folder), rows_of(pairs), tokenizer.pad_token_id)
     total, parts = cast.rewards(episodes)
     assert isinstance(cast.rewards.rewards[0], AdapterReward)
     assert total == parts["reward_model"] == pytest.approx(expected, abs=1e-4)
@@ -272,7 +272,7 @@ def test_a_copy_of_the_base_is_the_base_and_another_base_is_a_model_of_its_own(
     assert isinstance(shared, AdapterReward) and isinstance(own, ModelReward)
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
     plain.config.pad_token_id = tokenizer.pad_token_id
-    expected = score(PeftModel.from_pretrained(plain, other), rows_of(pairs), tokenizer.pad_token_id)
+    expected = score_rows(PeftModel.from_pretrained(plain, other), rows_of(pairs), tokenizer.pad_token_id)
     precise = ModelReward(own.model.float(), own.tokenizer, "precise")  # a CPU may hold the loaded one in bfloat16
     assert precise(episodes) == pytest.approx(expected, abs=0.05)
     assert max(expected) - min(expected) > 0.2

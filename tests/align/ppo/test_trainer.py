@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from align.ppo import PPOConfig, PPOTrainer, maths
 from align.ppo.rollout import Rollout, sample_episodes, shape_and_estimate
 from reward.records import InputError
-from reward.scoring import score
+from reward.scoring import score_rows
 
 
 def weights_of(trainer: PPOTrainer) -> dict[str, Tensor]:
@@ -514,7 +514,7 @@ def test_mixed_precision_is_the_policys_and_not_the_rewards(
     plain = AutoModelForSequenceClassification.from_pretrained(loud_model, num_labels=1, dtype=torch.float32)
     plain.config.pad_token_id = tokenizer.pad_token_id
     rows = [prompt + answer for prompt, answer in trainer.rollout.pairs]
-    expected = score(PeftModel.from_pretrained(plain, folder), rows, tokenizer.pad_token_id)
+    expected = score_rows(PeftModel.from_pretrained(plain, folder), rows, tokenizer.pad_token_id)
     assert trainer.rollout.score_B.tolist() == pytest.approx(expected, abs=1e-4)
 
 
