@@ -251,6 +251,11 @@ def _from_dataset(config: Config, run: Run) -> dict[str, Any]:
         raise InputError(
             "label.source is dataset, but data.preferences is not set: give the path of a JSONL file of pairs."
         )
+    if config.label.aggregate != "majority":
+        raise InputError(
+            f"label.aggregate is {config.label.aggregate}, but a dataset holds preferences and not who voted what: "
+            "remove the key, or import the labels and set label.source: people."
+        )
     loaded = load_preferences(config.data.preferences, config.data.test_share, config.data.max_rows)
     progress.say(f"  preferences: {loaded.sentence()}")
     for number, record in enumerate(loaded.records):

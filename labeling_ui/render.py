@@ -150,6 +150,9 @@ def _math_block(state: Any, start: int, last: int, silent: bool) -> bool:
     if opened not in _MATH or opened == r"\(":
         return False
     closed, longest = _MATH[opened]
+    # Of very many marks that are never closed, all but this look would take seconds; quotes have marks of their own.
+    if state.src.find(closed, at + 2, at + 2 * longest) < 0:
+        return False
     found: list[str] = []
     for number in range(start, min(last, start + MOST_LINES)):
         if number > start and (state.isEmpty(number) or state.sCount[number] < state.blkIndent):

@@ -112,9 +112,10 @@ class Preferences:
     """All pairs of a project after voting; every pair is in exactly one of the four.
 
     Attributes:
-        records: preference records `{prompt, chosen, rejected, margin, weight, annotators, strengths, comparison_id,
-            pair, split, simulated}`; `margin` and `weight` are the verdict's margin and share, `strengths` what each of
-            the annotators said, -3 to 3 and positive for chosen, `pair` the two answer indices in the comparison.
+        records: preference records `{prompt, chosen, rejected, chosen_index, margin, weight, annotators, strengths,
+            comparison_id, pair, split, simulated}`; `margin` and `weight` are the verdict's margin and share,
+            `strengths` what each of the annotators said, -3 to 3 and positive for chosen, `pair` the two answer indices
+            in the comparison, and `chosen_index` the place of the chosen one among the two.
         ties: `{prompt, answers, annotators, strengths, comparison_id, pair, split, simulated}`; strengths are positive
             for the first of the answers.
         identical: number of pairs whose two texts are equal, left out whatever the votes say.
@@ -193,6 +194,7 @@ def preferences(
                 "prompt": item["prompt"],
                 "chosen": answers[verdict.winner],
                 "rejected": answers[1 - verdict.winner],
+                "chosen_index": verdict.winner,
                 "margin": verdict.margin,
                 "weight": verdict.share,
                 **origin,

@@ -5,7 +5,7 @@ A stage reads and writes JSONL with TRL's column names, so that any file is usab
     demonstration  {prompt, completion, split}
     prompt         {prompt, split}
     comparison     {id, prompt, split, answers: [{text, model, sampling}]}
-    preference     {prompt, chosen, rejected, margin, weight, annotators, comparison_id, split}
+    preference     {prompt, chosen, rejected, margin, weight, annotators, strengths, chosen_index, comparison_id, split}
 
 `prompt`, `completion`, `chosen` and `rejected` are conversations: lists of {"role", "content"}. Extra columns ride
 along; that is how a checkpoint can name the labels and people behind it. `split` is "train" or "test": it is a

@@ -123,10 +123,10 @@ def _shares(counts: Floats, axis: int) -> Floats:
     return np.asarray(counts / counts.sum(axis=axis, keepdims=True))
 
 
-# crowd-kit's NoisyBradleyTerry takes grouped comparisons, but its hand-written gradient overwrites each annotator's
-# sums by their last vote and sits one place off, and it knows neither ties nor unseen annotators. Its point estimates
-# would mislead here anyway: with one score or more for every three votes, a vote is explained by scores fitted to
-# itself, and whoever votes alone looks reliable. So the scores are integrated out.
+# Not crowd-kit's NoisyBradleyTerry: it takes grouped comparisons, but its gradient keeps only each annotator's last
+# vote, one place off, so that spammers come out above careful people (docs/decisions.md); and it knows neither ties nor
+# annotators it was not fitted to. Point estimates of one score for every few votes would also be fitted to the very
+# votes they then judge. So the scores are integrated out here.
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +167,9 @@ def fit_crowd_bradley_terry(ballots: Ballots, annotators: int, prior_votes: floa
 def _scores(ballots: Ballots, eta_A: Floats, prior_votes: float | None) -> tuple[Floats, Floats, Floats]:
     """(eta, mean and variance of s_first - s_second of each pair); eta is learned unless `prior_votes` is None.
 
-    Each vote is stood for by a normal factor exp(shift d - tightness d^2 / 2) on its pair's difference d. In turn each
-    vote is judged against what all others say (the cavity): its factor becomes the one with which d has the mean and
-    variance that the true, not normal, likelihood gives; and how likely the vote was honest follows from the same sums.
+    Each vote is stood for by a normal factor exp(shift d - tightness d^2 / 2) on its pair's difference d. Again and
+    again, each is judged against what all others say (the cavity): its factor becomes the one with which d has the mean
+    and variance that its true, not normal, likelihood gives. How likely the vote was honest follows from the same sums.
     """
     group_V, first_V, second_V = (x_P[ballots.pair_V] for x_P in (ballots.group_P, ballots.first_P, ballots.second_P))
     node_Q, weight_Q = np.polynomial.hermite_e.hermegauss(NODES)
@@ -183,9 +183,9 @@ def _scores(ballots: Ballots, eta_A: Floats, prior_votes: float | None) -> tuple
         centre_V = (mean_V / variance_V - shift_V) / rest_V
 
         d_VQ = centre_V[:, None] + node_Q / np.sqrt(rest_V)[:, None]
-        sigmoid_VQ, eta_V1 = expit(d_VQ), eta_A[ballots.annotator_V][:, None]
-        first_VQ = eta_V1 * sigmoid_VQ + (1 - eta_V1) * (1 - sigmoid_VQ)
-        second_VQ = 1 - first_VQ
+        up_VQ, down_VQ, eta_V1 = expit(d_VQ), expit(-d_VQ), eta_A[ballots.annotator_V][:, None]
+        first_VQ = eta_V1 * up_VQ + (1 - eta_V1) * down_VQ
+        second_VQ = eta_V1 * down_VQ + (1 - eta_V1) * up_VQ
         likelihood_VQ = np.where(
             said_V1 == 1, first_VQ, np.where(said_V1 == 0, second_VQ, np.sqrt(first_VQ * second_VQ))
         )
@@ -202,7 +202,7 @@ def _scores(ballots: Ballots, eta_A: Floats, prior_votes: float | None) -> tuple
         shift_V += DAMPING * (new_shift_V - shift_V)
 
         if prior_votes is not None:
-            honest_VQ = said_V1 * sigmoid_VQ / first_VQ + (1 - said_V1) * (1 - sigmoid_VQ) / second_VQ
+            honest_VQ = said_V1 * up_VQ / first_VQ + (1 - said_V1) * down_VQ / second_VQ
             honest_V = (tilted_VQ * eta_V1 * honest_VQ).sum(axis=1)
             honest_A = np.bincount(ballots.annotator_V, honest_V, minlength=len(eta_A))
             everyone = (honest_V.sum() + prior_votes * HONEST_AT_FIRST) / (len(honest_V) + prior_votes)

@@ -211,7 +211,7 @@ def _beyond_length(figures: Figures, gate: Gate) -> Check:
     passed = _low(beyond) > wanted
     sentence = (
         f"Where chosen answers are as often shorter as longer, it is right on {_share(beyond)}{_end(beyond, passed)}"
-        f"{percent(wanted)}, the most that counting characters gets there."
+        f"{percent(wanted)}; counting characters gets 50 % there at most."
     )
     return Check("beyond length", passed, "refuse", beyond["mean"], wanted, sentence)
 

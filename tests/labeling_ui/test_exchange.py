@@ -355,6 +355,7 @@ def test_preferences(store: LabelStore, pairs: Project, tmp_path: Path) -> None:
         "prompt": user_prompt("Question 0?"),
         "chosen": assistant_answer("Answer 1 to 0."),
         "rejected": assistant_answer("Answer 0 to 0."),
+        "chosen_index": 1,
         "margin": 2.5,
         "weight": 1.0,
         "annotators": ["ann", "bob"],

@@ -85,7 +85,7 @@ def test_crowdkit_finds_the_same_from_every_pair_and_its_mirror_image() -> None:
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        oracle = aggregation.DawidSkene(n_iter=120, tol=-1.0)
+        oracle = aggregation.DawidSkene(n_iter=60, tol=-1.0)
         oracle.fit(pd.DataFrame(told, columns=["task", "worker", "label"]))
     model = fit_dawid_skene(ballots(given_), 5, prior_votes=0)
     found = model.sides(ballots(given_))
