@@ -115,17 +115,27 @@ def pass_gate(config: Config, rewards: Sequence[str]) -> list[str]:
         failed = trust.refusals(checks)
         if not failed:
             continue
-        reasons = " ".join(check.sentence for check in failed)
+        reasons = ", ".join(_short(check) for check in failed)
         which = "the reward model" if reward == "reward" else f"the reward model {reward}"
         count = "1 check" if len(failed) == 1 else f"{len(failed)} checks"
         if config.reward.trust != "ignore":
             raise InputError(
-                f"{which} fails {count} of its trust report, so ppo would climb what it got wrong: {reasons} "
-                f"See {path.with_suffix('.html')}. Train it on more or better labels, relax reward.gate if a threshold "
-                "is wrong for your data, or set reward.trust: ignore, which every later report will say."
+                f"{which} fails {count} of its trust report, so ppo would climb what it got wrong: {reasons}. "
+                f"{path.with_suffix('.html')} says what that means. Train it on more or better labels, relax "
+                "reward.gate if a threshold is wrong for your data, or set reward.trust: ignore, which every later "
+                "report will say."
             )
-        said.append(f"{which[0].upper()}{which[1:]} failed {count}, ignored by reward.trust: {reasons}")
+        said.append(
+            f"{which[0].upper()}{which[1:]} that ppo climbed failed {count} of its trust report, which "
+            f"reward.trust: ignore let pass: {reasons}."
+        )
     return said
+
+
+def _short(check: trust.Check) -> str:
+    """A failed check with its figure, as part of a list."""
+    figure = "not measured" if check.figure is None else f"{check.figure:.2f}"
+    return f"{check.name} {figure} (threshold {check.threshold:g})"
 
 
 class _Scores:

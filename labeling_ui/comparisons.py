@@ -25,7 +25,7 @@ _TAKEN = frozenset({"comparison_id", "pair"})
 # What others said of the answers is no part of a comparison: it would change with every new label.
 _LEFT_OUT = _TAKEN | {
     *("annotations", "predictions", "responses", "suggestions", "vectors"),
-    *("annotators", "strengths", "margin", "weight", "simulated", "gold"),
+    *("annotators", "strengths", "chosen_index", "margin", "weight", "simulated", "gold"),
 }
 
 

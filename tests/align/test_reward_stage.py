@@ -92,9 +92,7 @@ def encoder(kind: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "ensemble"), [("tiny", 1), ("tiny", 2), ("minilm", 2)])
-def test_an_encoder_reads_two_texts_and_ppo_climbs_it(
-    config: Config, tmp_path: Path, kind: str, ensemble: int
-) -> None:
+def test_an_encoder_reads_two_texts_and_ppo_climbs_it(config: Config, tmp_path: Path, kind: str, ensemble: int) -> None:
     bert = encoder(kind, tmp_path / "bert")
     other = with_reward(config, base=str(bert), max_length=64, ensemble=ensemble)
     run_stage(other, "reward")

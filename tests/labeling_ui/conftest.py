@@ -4,7 +4,6 @@ a real Chromium, for the tests of its pages."""
 from __future__ import annotations
 
 import getpass
-import itertools
 import os
 import shutil
 import socket
@@ -24,8 +23,6 @@ from labeling_ui.address import Address
 from labeling_ui.store import LabelStore, Project, Settings
 from reward.records import user_prompt
 
-_NUMBER = itertools.count()
-
 
 def comparison(number: int = 0, answers: int = 2, **extra: Any) -> dict[str, Any]:
     return {
@@ -41,7 +38,7 @@ class Postgres:
     """A PostgreSQL server of the test session's own, on a socket in a temporary folder: no port is opened."""
 
     def __init__(self, programs: Path) -> None:
-        self.programs, self.folder = programs, Path(tempfile.mkdtemp(prefix="align-pg-"))
+        self.programs, self.folder, self.made = programs, Path(tempfile.mkdtemp(prefix="align-pg-")), False
         # The server refuses to run as root.
         self.user = "postgres" if os.geteuid() == 0 else getpass.getuser()
         if os.geteuid() == 0:
@@ -66,7 +63,7 @@ class Postgres:
             "listen_addresses": "",
             "unix_socket_directories": str(self.folder),
             "max_connections": "100",
-            # The machine does not lose power during a test; without the disk a database is made in a tenth of the time.
+            # The machine does not lose power during a test, and waiting for the disk takes most of the time.
             "fsync": "off",
             "full_page_writes": "off",
         }
@@ -76,13 +73,19 @@ class Postgres:
         self._control("stop", "--mode", mode)
 
     def database(self) -> str:
-        """The URL of a new, empty database."""
-        name = f"labels_{next(_NUMBER)}"
-        engine = sa.create_engine(self.url("postgres", "postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+        """The URL of an empty database; what a test before has left there is gone."""
+        if not self.made:
+            self._execute("postgres", "CREATE DATABASE labels")
+            self.made = True
+        self._execute("labels", "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+        return self.url("labels")
+
+    def _execute(self, database: str, *statements: str) -> None:
+        engine = sa.create_engine(self.url(database, "postgresql+psycopg"), isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
-            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+            for statement in statements:
+                connection.exec_driver_sql(statement)
         engine.dispose()
-        return self.url(name)
 
     def url(self, name: str, scheme: str = "postgresql") -> str:
         return f"{scheme}://{self.user}@/{name}?host={self.folder}"
