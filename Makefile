@@ -43,12 +43,13 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/prefix_cost.py $(RESULTS)
 	$(BIN)/python benchmarks/ppo_vs_trl.py $(RESULTS)
 
-## make soak              the label store and app under load and SIGKILL, in full (about 7 min)
+## make soak              the label store and app under load, SIGKILL and 30 s without a server, in full (about 8 min)
 soak: $(VENV)/.dev
 	$(BIN)/python benchmarks/labeling_caps.py --seeds 20
 	$(BIN)/python benchmarks/labeling_kill.py --kills 20 --labels 5000
 	$(BIN)/python benchmarks/labeling_load.py --seconds 30
 	$(BIN)/python benchmarks/labeling_page.py
+	$(BIN)/python -m pytest -m slow -s tests/labeling_ui
 
 setup: $(VENV)/.runtime
 

@@ -180,10 +180,9 @@ def test_refusals_on_the_label_and_log_in_pages(server: Server, start: Project, 
         painted_or_done = "() => document.getElementById('al-state')?.innerText === 'Ready'"
         page.wait_for_function(painted_or_done)
         assert_unharmed(page, f"{server.origin}/label/")
-        for path in ("join", "local", "login"):
-            page.goto(f"{server.origin}/{path}?token={joined}&error={joined}#{joined}")
-            assert page.evaluate(HARMFUL) == []
-            assert not page.dialogs and not page.outside
+        page.goto(f"{server.origin}/join?token={joined}&error={joined}#{joined}")
+        assert page.evaluate(HARMFUL) == []
+        assert not page.dialogs and not page.outside
 
 
 def test_the_allow_list_alone_in_a_browser(
