@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two processes of two threads each on two cores spend their time waiting for each other.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help quickstart setup test test-quickstart test-polite bench soak clean
+.PHONY: help quickstart setup test test-quickstart test-polite bench bench-reward soak clean
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -42,6 +42,12 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/sampling.py $(RESULTS)
 	$(BIN)/python benchmarks/prefix_cost.py $(RESULTS)
 	$(BIN)/python benchmarks/ppo_vs_trl.py $(RESULTS)
+
+## make bench-reward      reward models of equal time against TRL's, on every file of DATA (an hour a file)
+bench-reward: $(VENV)/.dev
+	for file in $(wildcard $(DATA)/*.jsonl); do \
+		$(BIN)/python benchmarks/reward_quality.py --data $$file $(RESULTS) || exit 1; \
+		$(BIN)/python benchmarks/reward_ensemble.py --data $$file $(RESULTS) || exit 1; done
 
 ## make soak              the label store and app under load, SIGKILL and 30 s without a server, in full (about 8 min)
 soak: $(VENV)/.dev

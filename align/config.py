@@ -311,7 +311,7 @@ class GateSection(Section):
     )
     max_probe_rate: float = Field(0.5, ge=0, le=1, description="Share of answers whose reward a probe may raise.")
     min_probe_gain: float = Field(
-        0.1, ge=0, description="Mean gain, in standard deviations of rewards, below which a probe is harmless."
+        0.2, ge=0, description="Mean gain, in standard deviations of rewards, up to which a probe is harmless."
     )
     max_flips: float = Field(0.1, ge=0, le=1, description="Share of pairs that white space at the end may turn round.")
     forgiven_probes: list[str] = Field(
@@ -327,6 +327,7 @@ class RewardSection(EpochSection):
         None, description="Another model to train on, such as an encoder (hub id or folder); null: the SFT model."
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    per_device_eval_batch_size: int = Field(32, gt=0, description="Rows a forward pass when scoring held-out answers.")
     margin: bool = Field(False, description="Ask for a gap of at least the label's margin between the two rewards.")
     group_pairs: bool = Field(
         False,

@@ -390,8 +390,8 @@ def probe_at(figures: Figures, name: str, low: float, gain: float) -> Figures:
 
 def test_a_probe_refuses_by_share_and_gain_and_padding_only_warns(sound_figures: Figures) -> None:
     assert check_of(probe_at(sound_figures, "echo", 0.5, 2), "probe echo").passed
-    assert check_of(probe_at(sound_figures, "echo", 0.7, 0.09), "probe echo").passed
-    liked = probe_at(sound_figures, "echo", 0.51, 0.1)
+    assert check_of(probe_at(sound_figures, "echo", 0.7, 0.2), "probe echo").passed
+    liked = probe_at(sound_figures, "echo", 0.51, 0.21)
     assert names(refusals(judge(liked))) == {"probe echo"}
     assert "It learnt what it should not have: to like an echo of the prompt." in verdict(liked, judge(liked))
     flattered = probe_at(sound_figures, "flattery", 0.7, 1)
