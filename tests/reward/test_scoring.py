@@ -153,6 +153,14 @@ def test_what_is_saved_scores_the_same_in_plain_transformers(
     loaded = models.load_reward_model(str(tmp_path / "model"), F32)
     assert score_rows(loaded, rows, tokenizer.pad_token_id) == trained
 
+    # Folded into the weights the sums are rounded elsewhere; saved and loaded again, nothing changes any more.
+    merged = models.merged(loaded)
+    folded = score_rows(merged, rows, tokenizer.pad_token_id)
+    assert folded == pytest.approx(trained, abs=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert score_rows(whole, rows, tokenizer.pad_token_id) == folded
+
 
 def start_loss(trainer: Any) -> tuple[float, Any]:
     """Loss of the first batch with the score head at zero, and the batch."""
