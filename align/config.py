@@ -290,6 +290,10 @@ class LabelSection(Section):
     )
 
 
+# Those of reward.probes: an unknown one is said before a reward model is trained for it.
+ProbeName = Literal["empty", "echo", "repeated", "gibberish", "refusal", "flattery", "markdown"]
+
+
 class GateSection(Section):
     """What a reward model must show on held-out pairs before a policy may climb it; see `reward.trust_gate.Gate`."""
 
@@ -314,7 +318,7 @@ class GateSection(Section):
         0.2, ge=0, description="Mean gain, in standard deviations of rewards, up to which a probe is harmless."
     )
     max_flips: float = Field(0.1, ge=0, le=1, description="Share of pairs that white space at the end may turn round.")
-    forgiven_probes: list[str] = Field(
+    forgiven_probes: list[ProbeName] = Field(
         [], description="Probes that only warn, such as refusal where the labels prefer refusing."
     )
 

@@ -28,7 +28,7 @@ import yaml
 
 from align import progress, ranks
 from align.config import Config
-from align.runs import Run, open_run
+from align.runs import Run, is_done, open_run
 from reward.records import InputError, file_digest
 
 # Keys that change how a stage runs or reports, not what comes out: they may differ between a start and its resumption.
@@ -108,6 +108,9 @@ def run_stage(config: Config, name: str, *, force: bool = False) -> Run:
     parents = {p: config.folder(p) if p in STAGES else Path(p) for p in stage.parents(config)}
     if name == "label" and config.label.source == "people" and ranks.is_first():
         importlib.import_module("align.label").collect(config)
+    if name == "ppo" and (force or not is_done(config.folder(name))) and all(map(is_done, parents.values())):
+        # Before the folder is opened: --force would remove a finished policy for a run that is then refused.
+        importlib.import_module("align.trust").pass_gate(config, config.ppo.rewards)
     inputs = stage_inputs(config, name)
     ranks.start()
     with open_run(

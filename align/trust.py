@@ -75,11 +75,7 @@ def examine(config: Config, run: Run, reader: Scorer, train: list[Record], test:
 
 
 def gate_of(config: Config) -> trust.Gate:
-    """The thresholds of the config.
-
-    Raises:
-        InputError: a probe is forgiven that there is none of.
-    """
+    """The thresholds of the config."""
     gate = config.reward.gate.model_dump()
     return trust.Gate(**gate | {"forgiven_probes": tuple(gate["forgiven_probes"])})
 

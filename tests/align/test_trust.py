@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from align.config import Config
+from align.config import Config, ProbeName
 from align.config_file import load_config
 from align.pipeline import run_stage
 from align.runs import read_info
+from reward.probes import PROBES
 from reward.records import InputError, read_jsonl
 from tests.conftest import write_jsonl
 
@@ -120,6 +122,20 @@ def test_ignoring_it_is_said_ever_after(trained: dict[str, Config], tmp_path: Pa
 
     assert said in notices(careless, ["reward"])
     assert any("failed its own trust report" in notice for notice in notices(careless, ["reward"]))
+
+
+def test_a_forced_run_that_is_refused_loses_no_finished_policy(trained: dict[str, Config]) -> None:
+    config = trained["shuffled"]
+    ignored = config.model_copy(update={"reward": config.reward.model_copy(update={"trust": "ignore"})})
+    run_stage(ignored, "ppo", force=True)
+    with pytest.raises(InputError, match="the reward model fails"):
+        run_stage(config, "ppo", force=True)
+    assert (config.folder("ppo") / "DONE").is_file()
+    run_stage(ignored, "ppo")  # already done
+
+
+def test_the_probes_a_config_can_forgive_are_those_there_are() -> None:
+    assert set(typing.get_args(ProbeName)) == {probe.name for probe in PROBES}
 
 
 def test_a_missing_report_is_refused(trained: dict[str, Config], tmp_path: Path) -> None:

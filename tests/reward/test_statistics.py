@@ -223,12 +223,6 @@ def test_mcnemar_by_hand():
     assert mcnemar(0, 0) == 1
 
 
-@pytest.mark.parametrize(("b", "c"), [(1, 7), (12, 5), (0, 3), (30, 30)])
-def test_mcnemar_is_statsmodels(b, c):
-    tables = pytest.importorskip("statsmodels.stats.contingency_tables")
-    assert mcnemar(b, c) == pytest.approx(tables.mcnemar([[10, b], [c, 10]], exact=True).pvalue)
-
-
 # Correlation
 
 
