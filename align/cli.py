@@ -107,9 +107,27 @@ def ppo(config: ConfigFile, overrides: Overrides = None, force: Force = False) -
 
 
 @app.command()
-def compare(config: ConfigFile, overrides: Overrides = None, force: Force = False) -> None:
-    """Stage 7: compare the models on held-out prompts and write the report."""
-    _stage("compare", config, overrides, force)
+def compare(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG|MODEL", help="YAML file of the pipeline, or the model to beat.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL|KEY=VALUE]...",
+            help="Models compared with it (folder, hub id or JSONL of answers), and overrides: data.prompts=FILE.",
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Stage 7: compare the models on held-out prompts and write the report; or any models, on any prompts."""
+    if config.endswith((".yaml", ".yml")):
+        _stage("compare", Path(config), overrides, force)
+        return
+    from align import pipeline
+    from align.compare.places import free_comparison
+
+    pipeline.run_stage(free_comparison([config, *(overrides or [])]), "compare", force=force)
 
 
 @app.command()
@@ -125,6 +143,34 @@ def score(
     from align.score import score_file
 
     score_file(run, file, out, batch_size)
+
+
+@app.command()
+def chat(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A stage's folder, a model's, or a hub id.")],
+    other: Annotated[str | None, typer.Argument(metavar="[RUN2]", help="A second one; without it, RUN's base.")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Hide the names until the vote.")] = False,
+    store: Annotated[str | None, typer.Option(metavar="FILE|URL", help="The label database of the votes.")] = None,
+    host: Annotated[str, typer.Option(help="127.0.0.1 or localhost.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8766,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same messages get the same answers.")] = None,
+) -> None:
+    """Talk to one or two models in the browser, blind on request; votes go to the label database."""
+    from align import chat
+
+    chat.chat(
+        run,
+        other,
+        blind=blind,
+        store=store,
+        host=host,
+        port=port,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
 
 
 @app.command()

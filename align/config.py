@@ -29,6 +29,7 @@ from reward.records import InputError
 
 StageName = Literal["sft", "sample", "label", "reward", "dpo", "ppo", "compare"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
+POLICIES = ("sft", "dpo", "ppo")  # the stages whose folder holds a policy
 
 
 class PathMark:
@@ -477,31 +478,70 @@ class PpoSection(TrainerSection):
         None, gt=0, description="End an update once a mini-batch's approx_kl (nats per token) is above this."
     )
     critic_warmup_updates: int = Field(0, ge=0, description="First updates, which train the critic only.")
+    keep_policies: int = Field(
+        0,
+        ge=0,
+        description="Policies kept along the way, evenly spaced; compare then says where the reward was over-climbed.",
+    )
     value_adapter: bool = Field(
         False, description="Give the critic a LoRA adapter of its own instead of the policy's hidden states."
     )
 
 
+class LlmJudgeSection(Section):
+    """A language model as judge: it is asked about every pair of answers in both orders."""
+
+    model: PathOrName = Field(
+        description="Folder or hub id of a model that is loaded here, or the endpoint's name for it (with base_url)."
+    )
+    base_url: str | None = Field(
+        None, description="An OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; null: load `model` here."
+    )
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the endpoint's key; a key itself never goes into a config."
+    )
+    guidelines: str | None = Field(None, description="What the judge is told to look at; null: helpfulness and truth.")
+    parallel: int = Field(4, gt=0, description="Questions put to an endpoint at a time.")
+    timeout: float = Field(60, gt=0, description="Seconds an endpoint has for one answer.")
+    retries: int = Field(4, ge=0, description="Times a question is asked again after an error or an unusable answer.")
+
+
 class CompareSection(GenerationSection):
     """The verdict: every model answers the same held-out prompts."""
 
-    models: list[Literal["base", "sft", "dpo", "ppo"]] | None = Field(
+    models: list[PathOrName] | None = Field(
         None,
         min_length=2,
-        description="Models compared, the first is the one to beat; null: the base and every policy in `stages`.",
+        description="Models compared, the first is the one to beat: base, sft, dpo, ppo, a folder, a hub id, or a "
+        "JSONL file of answers; null: the base and every policy in `stages`.",
     )
-    judges: list[Literal["simulated", "reward"]] | None = Field(
+    judges: list[PathOrName] | None = Field(
         None,
-        description="Who decides; null: simulated where labels are simulated, and the reward model where there is one.",
+        min_length=1,
+        description="Who decides, the first is told first: simulated, reward, llm, people, or any other reward as in "
+        "ppo.rewards (package.module:function, the folder or hub id of a reward model that ppo never saw); null: "
+        "simulated where labels are simulated, and the reward model where there is one.",
     )
+    llm: LlmJudgeSection | None = Field(None, description="The judge called llm.")
     max_prompts: int | None = Field(None, gt=0, description="At most this many held-out prompts.")
     max_prompt_length: int = Field(
         512, gt=0, description="Longest prompt in tokens; longer ones are left out and counted."
     )
-    examples: int = Field(24, ge=0, description="Prompts shown side by side in the report.")
+    tasks: list[FilePath] = Field(
+        [], description="JSONL files of tasks with labels, {prompt, label, choices?}: accuracy, F1, precision, recall."
+    )
+    lm_eval: list[str] = Field([], description="Tasks of lm-eval by name; wants `pip install lm-eval` and their data.")
+    checkpoint_prompts: int = Field(
+        64, ge=0, description="Prompts on which the policies that ppo kept along the way are looked at; 0: not at all."
+    )
+    best_of_n: int = Field(
+        0, ge=0, description="Answers of the reference a prompt for the best-of-n curve beside ppo's; 0: no curve."
+    )
+    examples: int = Field(48, ge=0, description="Prompts shown side by side in the report, worst regressions first.")
     blind_pairs: bool = Field(
         False,
-        description="Also put the answers, pair by pair and without names, into the label database, for people.",
+        description="Also put the answers, pair by pair and without names, into the label database, for people; the "
+        "judge `people` reads their votes back.",
     )
 
 
@@ -537,9 +577,9 @@ class Config(Section):
         Raises:
             InputError: a model is named whose stage the pipeline does not have, or there are fewer than two.
         """
-        have = ["base", *(name for name in ("sft", "dpo", "ppo") if name in self.stages)]
+        have = ["base", *(name for name in POLICIES if name in self.stages)]
         names = [*(self.compare.models or have)]
-        if missing := [name for name in names if name not in have]:
+        if missing := [name for name in names if name in POLICIES and name not in have]:
             raise InputError(f"compare.models names {', '.join(missing)}, but the stages are {', '.join(self.stages)}.")
         if len(set(names)) < max(2, len(names)):
             raise InputError(f"compare needs at least two different models, but has {', '.join(names)}: add a stage.")

@@ -38,8 +38,22 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         raise InputError(f"config {path} {what}: give the path of a YAML file, such as configs/quickstart.yaml.")
     raw, lines = _read_yaml(path)
     raw.setdefault("name", path.stem)
-    raw.setdefault("runs", str(Path.cwd() / "runs"))
     _resolve_paths(raw, Config, path.resolve().parent)
+    return _checked(raw, lines, path, overrides)
+
+
+def config_of(raw: dict[str, Any], overrides: typing.Sequence[str] = ()) -> Config:
+    """The config of a command that comes without a file: paths are counted from the working directory.
+
+    Raises:
+        InputError: as `load_config`.
+    """
+    _resolve_paths(raw, Config, Path.cwd())
+    return _checked(raw, _Lines(), Path("command line"), overrides)
+
+
+def _checked(raw: dict[str, Any], lines: _Lines, path: Path, overrides: typing.Sequence[str]) -> Config:
+    raw.setdefault("runs", str(Path.cwd() / "runs"))
     for override in overrides:
         _apply_override(raw, lines, override)
     try:
@@ -154,7 +168,7 @@ def _resolve_paths(raw: dict[str, Any], section: type[BaseModel], folder: Path) 
         elif isinstance(value, str) and _is_path(field) and "://" not in value:
             raw[key] = _absolute(value, folder)
         elif _is_path(field, PathOrNameMark):
-            found = [_absolute(v, folder) if _is_folder(v, folder) else v for v in _listed(value)]
+            found = [_absolute(v, folder) if _is_there(v, folder) else v for v in _listed(value)]
             raw[key] = found if isinstance(value, list) else found[0]
 
 
@@ -162,9 +176,9 @@ def _absolute(path: str, folder: Path) -> str:
     return str((folder / Path(path).expanduser()).resolve())
 
 
-def _is_folder(value: Any, folder: Path) -> bool:
-    """Whether a value that may be a name or a folder is a folder."""
-    return isinstance(value, str) and value not in ("", "base", *STAGES) and Path(_absolute(value, folder)).is_dir()
+def _is_there(value: Any, folder: Path) -> bool:
+    """Whether a value that may be a name or a path is a path."""
+    return isinstance(value, str) and value not in ("", "base", *STAGES) and Path(_absolute(value, folder)).exists()
 
 
 def _listed(value: Any) -> list[Any]:

@@ -110,7 +110,7 @@ def collect(config: Config) -> None:
                 f"{items * _overlap(config)} labels: ask for fewer, or for more labels an item."
             )
         _prioritise(config, store, project)
-        _serve_until(config, store, project, wanted)
+        serve_until(config, store, project, wanted)
 
 
 def _prioritise(config: Config, store: LabelStore, project: Project) -> None:
@@ -196,7 +196,8 @@ def _address(config: Config) -> Address:
     return Address(app.host, app.port, tls, app.url)
 
 
-def _serve_until(config: Config, store: LabelStore, project: Project, wanted: int) -> None:
+def serve_until(config: Config, store: LabelStore, project: Project, wanted: int) -> None:
+    """Serve the app until the project has so many labels, or is closed."""
     from labeling_ui.server import first_link, serving
 
     app = config.label.app

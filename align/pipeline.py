@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from align import progress, ranks
-from align.config import Config
+from align.config import POLICIES, Config
 from align.runs import Run, is_done, open_run
 from reward.records import InputError, file_digest
 
@@ -35,7 +35,7 @@ from reward.records import InputError, file_digest
 NEUTRAL_KEYS = {"logging_steps", "save_steps", "save_total_limit", "report_to", "run_name", "dataloader_num_workers"}
 # What decides how people are asked, not what they said: their labels are an input of the stage by themselves.
 NEUTRAL_KEYS |= {"finish", "labels", "guidelines", "lease_seconds", "gold_share", "policy", "criteria", "blind_pairs"}
-NEUTRAL_KEYS |= {"uncertain_by"}
+NEUTRAL_KEYS |= {"uncertain_by", "parallel", "timeout", "retries", "api_key_env"}
 
 
 # What decides how the reward model is used, not what it is.
@@ -82,8 +82,9 @@ def _rewarded(config: Config) -> list[str]:
 
 
 def _compared(config: Config) -> list[str]:
-    trained = [name for name in config.compared_models() if name != "base"]
-    return [*trained, *(["reward"] if "reward" in config.stages else [])]
+    trained = [name for name in config.compared_models() if name in POLICIES]
+    elsewhere = importlib.import_module("align.compare.places").run_folders(config)
+    return [*trained, *(["reward"] if "reward" in config.stages else []), *elsewhere]
 
 
 STAGES = {
@@ -184,6 +185,8 @@ def stage_inputs(config: Config, name: str) -> dict[str, Any]:
         inputs[f"file {path}"] = file_digest(path)
     if name == "label" and config.label.source == "people":
         inputs |= importlib.import_module("align.label").labels_digest(config)
+    if name == "compare":
+        inputs |= importlib.import_module("align.compare.places").weights_and_files(config)
     if "sft" not in stage.parents(config) and name != "label":
         for weights in sorted(Path(config.model.base).glob("*.safetensors")):
             inputs[f"file {weights}"] = file_digest(weights)

@@ -19,6 +19,10 @@ def is_name(text: str, longest: int = LONGEST_NAME) -> bool:
     return bool(text.strip()) and len(text) <= longest and visible(text) == text and len(text.splitlines()) == 1
 
 
+# What annotators are told where two models are compared.
+PREFERENCE_GUIDELINES = "Which answer would you rather have been given? Neither length nor form is a merit of its own."
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How a project is judged.

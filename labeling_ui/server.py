@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from labeling_ui.address import Address, Site
@@ -28,8 +28,10 @@ def first_link(store: LabelStore, site: Site) -> str | None:
 
 
 @contextlib.contextmanager
-def serving(store: LabelStore, address: Address, *, local: bool = False) -> Iterator[Site]:
-    """The app in a thread of its own, for the time of a block.
+def serving(
+    store: LabelStore, address: Address, *, local: bool = False, make: Callable[[LabelStore, Site], Any] = create_app
+) -> Iterator[Site]:
+    """The app in a thread of its own, for the time of a block; `make` makes another one than that for labelling.
 
     Raises:
         InputError: the address is taken, or one person's app would be open to others.
@@ -45,7 +47,7 @@ def serving(store: LabelStore, address: Address, *, local: bool = False) -> Iter
         options |= {"ssl_certfile": str(address.tls[0]), "ssl_keyfile": str(address.tls[1])}
     if address.url:
         options |= {"proxy_headers": True, "forwarded_allow_ips": "127.0.0.1"}
-    server = uvicorn.Server(uvicorn.Config(create_app(store, site), **options))
+    server = uvicorn.Server(uvicorn.Config(make(store, site), **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from align.compare.schema import ModelFigures, PpoCourse, Report, WinRateFigure
+from align.compare.schema import ModelFigures, OverOptimisation, PpoCourse, Report, WinRateFigure
 from reward.page import COLOURS, INK, MARKERS, Plot, as_plot, canvas, drawing, interval_of, label_rows, point
 from reward.statistics import MeanFigure
 
@@ -14,37 +14,48 @@ if TYPE_CHECKING:
 
 
 def plots_of(report: Report) -> list[Plot]:
-    """The plots that have something to show, in reading order."""
+    """The plots of the first screens that have something to show, four at most, in reading order."""
     models = report["models"]
+    judges = [judge["name"] for judge in report["judges"]]
+    first = models[0]["name"] if models else "the first"
     colours = {model["name"]: COLOURS[i % len(COLOURS)] for i, model in enumerate(models)}
     with drawing():
-        return [
-            plot
-            for plot in (
-                _win_plot(models, [judge["name"] for judge in report["judges"]], colours),
-                _reward_plot(models, colours),
-                _course_plot(report.get("ppo"), colours.get("ppo", COLOURS[3])),
-                _strip_plot(
-                    "Answer length",
-                    "Mean tokens per answer. Judges tend to like longer answers: read gains with this in mind.",
-                    "tokens per answer",
-                    [(model["name"], model["length"]) for model in models],
-                    colours,
-                    from_zero=True,
-                ),
-                _strip_plot(
-                    "Perplexity on held-out demonstrations",
-                    "How well each model still predicts good answers. Lower is better; a rise is capability lost.",
-                    "perplexity",
-                    [(model["name"], model["perplexity"]) for model in models],
-                    colours,
-                ),
-            )
-            if plot is not None
+        plots = [
+            _win_plot(models, judges, colours, first),
+            _reward_plot(models, judges, colours, report["reference"]),
+            _ability_plot(models, colours, first),
+            _strip_plot(
+                "Answer length",
+                f"Mean {report['length_unit']} per answer. Judges tend to like longer answers: read gains with this in "
+                "mind.",
+                f"{report['length_unit']} per answer",
+                [(model["name"], model["length"]) for model in models],
+                colours,
+                from_zero=True,
+            ),
+            _strip_plot(
+                "Perplexity on held-out demonstrations",
+                "How well each model still predicts good answers. Lower is better; a rise is capability lost.",
+                "perplexity",
+                [(model["name"], model["perplexity"]) for model in models],
+                colours,
+            ),
         ]
+        shown = [plot for plot in plots if plot is not None]
+    # Where all five are there, strength says what the win rates say.
+    return shown if len(shown) < 5 else [shown[0], shown[1], shown[3], shown[4]]
 
 
-def _win_plot(models: Sequence[ModelFigures], judges: list[str], colours: dict[str, str]) -> Plot | None:
+def plots_of_the_climb(report: Report) -> list[Plot]:
+    """How ppo's reward was climbed: held-out prompts along the way, and the training's own course."""
+    names = [model["name"] for model in report["models"]]
+    colour = COLOURS[names.index("ppo") % len(COLOURS)] if "ppo" in names else COLOURS[3]
+    with drawing():
+        plots = [_climb_plot(report.get("overoptimisation")), _course_plot(report.get("ppo"), colour)]
+    return [plot for plot in plots if plot is not None]
+
+
+def _win_plot(models: Sequence[ModelFigures], judges: list[str], colours: dict[str, str], first: str) -> Plot | None:
     compared = [model for model in models if model.get("win_rate")]
     if not compared:
         return None
@@ -64,40 +75,114 @@ def _win_plot(models: Sequence[ModelFigures], judges: list[str], colours: dict[s
             )
     axes.axvline(50, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_xlim(0, 100)
-    axes.set_xlabel("% of prompts preferred over base")
+    axes.set_xlabel(f"% of prompts preferred over {first}")
     label_rows(axes, [model["name"] for model in compared])
     if len(judges) > 1:
         for i, judge in enumerate(judges):
             axes.plot([], [], linestyle="", marker=MARKERS[i % len(MARKERS)], color=INK, label=judge)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1, borderaxespad=0, handletextpad=0.2)
     return _plot(
-        "Win rate over base",
+        f"Win rate over {first}",
         "Share of held-out prompts on which the answer was preferred, with 95 % interval. "
-        "Right of the dashed line is better than base; a bar across the line settles nothing.",
+        f"Right of the dashed line is better than {first}; a bar across the line settles nothing.",
         figure,
     )
 
 
-def _reward_plot(models: Sequence[ModelFigures], colours: dict[str, str]) -> Plot | None:
-    points = [(model["name"], model["kl"], model["reward"]) for model in models]
-    if not any(kl and reward for _, kl, reward in points):
+def _reward_plot(
+    models: Sequence[ModelFigures], judges: Sequence[str], colours: dict[str, str], reference: str | None
+) -> Plot | None:
+    """By the judge that gives scores and comes first; the reference stands at 0."""
+    for judge in judges:
+        points = [(model["name"], model["kl"], model.get("scores", {}).get(judge)) for model in models]
+        if any(kl and score for _, kl, score in points):
+            break
+    else:
         return None
     figure, axes = canvas(rows=4)
-    for name, kl, reward in points:
-        if kl is None or reward is None:
+    for name, kl, score in points:
+        if score is None or (kl is None and name != reference):
             continue
-        at = (kl["mean"], reward["mean"])
-        point(axes, at, colours[name], "o", interval_of(kl), interval_of(reward))
+        at = (kl["mean"] if kl else 0.0, score["mean"])
+        point(axes, at, colours[name], "o", interval_of(kl) if kl else None, interval_of(score))
         axes.annotate(name, at, xytext=(7, 7), textcoords="offset points", color=INK)
-    axes.margins(x=0.1, y=0.18)
+    axes.margins(x=0.15, y=0.18)
     axes.set_xlabel("KL to reference, nats per answer")
-    axes.set_ylabel("mean reward")
+    axes.set_ylabel("mean score")
     return _plot(
-        "Reward against KL",
-        "What the gain cost: reward won (up) for distance moved from the reference (right), with 95 % intervals. "
-        "Much KL for little reward is a warning.",
+        "Score against KL",
+        f"What the gain cost: score won by the {judge} (up) for distance moved from the reference (right), with 95 % "
+        "intervals. Much KL for little score is a warning.",
         figure,
     )
+
+
+def _ability_plot(models: Sequence[ModelFigures], colours: dict[str, str], first: str) -> Plot | None:
+    known = [(model["name"], model["ability"]) for model in models if "ability" in model]
+    if not known:
+        return None
+    figure, axes = canvas(rows=len(known))
+    for row, (name, ability) in enumerate(known):
+        point(axes, (ability["strength"], row), colours[name], "o", x_interval=(ability["low"], ability["high"]))
+    axes.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_xlabel(f"strength in logits above {first}")
+    label_rows(axes, [name for name, _ in known])
+    return _plot(
+        "Strength of all models",
+        "Bradley-Terry strengths from every pair of models on every prompt, with 95 % intervals; 1 logit is a win rate "
+        "of 73 %.",
+        figure,
+    )
+
+
+def _climb_plot(climb: OverOptimisation | None) -> Plot | None:
+    if climb is None or len(climb["checkpoints"]) < 2:
+        return None
+    figure, axes = canvas(rows=5)
+    points, kl = climb["checkpoints"], [each["kl"]["mean"] for each in climb["checkpoints"]]
+    sides: list[tuple[str, str, str, list[MeanFigure]]] = [
+        (climb["proxy_name"], COLOURS[2], "s", [each["proxy"] for each in points])
+    ]
+    golds = [gold for each in points if (gold := each["gold"]) is not None]
+    if climb["gold_name"] is not None and len(golds) == len(points):
+        sides.append((climb["gold_name"], COLOURS[1], "o", golds))
+    for name, colour, marker, figures in sides:
+        # Both in their own standard deviations above the reference's mean: their units differ.
+        zero, unit = figures[0]["mean"], _unit(figures)
+        values = [(each["mean"] - zero) / unit for each in figures]
+        axes.plot(kl, values, color=colour, linewidth=1.2, alpha=0.7)
+        for x, value, each in zip(kl, values, figures, strict=True):
+            interval = interval_of(each)
+            ends = None if interval is None else ((interval[0] - zero) / unit, (interval[1] - zero) / unit)
+            point(axes, (x, value), colour, marker, y_interval=ends)
+        axes.plot([], [], color=colour, marker=marker, label=name)
+        curve = climb["best_of_n"]
+        best = None if curve is None else (curve["gold"] if name == climb["gold_name"] else curve["proxy"])
+        if curve is not None and best is not None:
+            axes.plot(curve["kl"], [(value - zero) / unit for value in best], color=colour, linestyle=(0, (4, 3)))
+    for index, word, offset in ((climb["parting"], "they part", -14), (climb["recommended"], "ship this", 8)):
+        if index is not None:
+            axes.axvline(kl[index], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+            axes.annotate(
+                word, (kl[index], 0), xycoords=("data", "axes fraction"), xytext=(4, 12 + offset), color=INK,
+                textcoords="offset points",
+            )  # fmt: skip
+    axes.margins(x=0.1, y=0.15)
+    axes.set_xlabel("KL to reference, nats per answer")
+    axes.set_ylabel("standard errors above the reference")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1, borderaxespad=0)
+    dashed = " Dashed: the best of n answers of the reference by the same score." if climb["best_of_n"] else ""
+    return _plot(
+        "Along the training, on held-out prompts",
+        f"What ppo climbed and a judge it never saw, at every policy kept.{dashed} Where only the first still "
+        "rises, the policy has learned the reward model, not the task.",
+        figure,
+    )
+
+
+def _unit(figures: Sequence[MeanFigure]) -> float:
+    """The reference's standard error; 1 where there is none."""
+    return figures[0]["standard_error"] or 1.0
 
 
 def _course_plot(course: PpoCourse | None, colour: str) -> Plot | None:

@@ -1,131 +1,110 @@
 """Stage 7, compare: every model answers the same held-out prompts; judges, costs, and a verdict with error bars.
 
-Writes answers.jsonl, report.json and report.html.
+Writes answers.jsonl, report.json, report.html and model_card.md.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from align import models, progress, ranks, training
+from align.compare import contestants as who
+from align.compare import people, verdict
 from align.compare import report as page
-from align.compare import statistics
-from align.compare.blind import project_name, send_blind_pairs
-from align.compare.schema import Example, Finding, ModelFigures, PpoCourse, Report, WinRateFigure
+from align.compare.abilities import measure_abilities, tasks_of
+from align.compare.climb import over_optimisation
+from align.compare.contestants import Contestant, answers_of
+from align.compare.judging import Answered, Judge, Judgement, judge_names, judges_of
+from align.compare.likelihoods import AnswerFigures, answer_figures, perplexity_figure
+from align.compare.schema import SCHEMA, Example, Finding, ModelFigures, PpoCourse, Report
+from align.compare.schema import Judge as JudgeFigures
+from align.compare.statistics import Estimate, WinRate, verdict_sentence
+from align.compare.texts import text_figures
 from align.config import Config
-from align.data.load import load_demonstrations, only
+from align.data.load import load_demonstrations
 from align.data.render import answer_ids, prompt_ids
-from align.generate import Answer, Partial, batches, generate
-from align.label import store_address
 from align.logprobs import Pair, answer_logprobs
 from align.ppo.diagnosis import HEALTH
 from align.runs import Run, lineage, read_info, versions
-from align.sample import fitting_prompts, gather_prompts, policy_folder, sft_model
-from align.scorer import Scorer
-from labeling_ui.panel import HiddenPreference, preferred
-from reward.records import InputError, Record, digest, prompt_text, read_jsonl, write_jsonl
+from align.sample import sft_model
+from labeling_ui.store import LabelStore
+from reward.records import Record, answer_text, prompt_id, prompt_text, read_jsonl, write_jsonl
 from reward.statistics import MeanFigure
-
-JUDGES = {
-    "simulated": (
-        "simulated preference",
-        "The hidden preference of the simulated panel, without its noise: a documented formula, not people.",
-    ),
-    "reward": (
-        "reward model",
-        "The pipeline's own reward model: the higher score wins. It is what ppo was trained to please, so its opinion "
-        "of ppo is not independent.",
-    ),
-}
 
 
 def run_compare(config: Config, run: Run) -> dict[str, Any]:
     """Answer, judge, measure, write; returns the headline figures."""
     if not ranks.is_first():
         return {}
-    section = config.compare
-    names = config.compared_models()
-    judges = chosen_judges(config)
-    tokenizer = models.load_tokenizer(sft_model(config), config.model)
-    held_out = only("test", gather_prompts(config), "prompts")
-    kept, _ = fitting_prompts(run, tokenizer, held_out, section.max_prompt_length)
-    prompts = kept[: section.max_prompts]
-    ids = [prompt_ids(tokenizer, record["prompt"]) for record in prompts]
-    progress.say(f"  {len(prompts)} held-out prompts, models {', '.join(names)}, judges {', '.join(judges)}")
+    section, seed = config.compare, config.seed
+    found = who.contestants(config)
+    judges = judges_of(config, run, found)
+    tasks = tasks_of(config)
+    prompts, seen_before = who.chosen_prompts(config, run, found)
+    names = [one.name for one in found]
+    asked = ", ".join(judge.name for judge in judges)
+    progress.say(f"  {len(prompts)} prompts, models {', '.join(names)}, judges {asked}")
 
-    answers = {name: answers_of(config, run, name, ids, tokenizer) for name in names}
-    write_jsonl(run.folder / "answers.jsonl", _rows(prompts, answers))
-    if section.blind_pairs:
-        added = send_blind_pairs(config, prompts, answers)
-        progress.say(f"  {added} blind pairs were added to project {project_name(config)} of {store_address(config)}")
-    pairs = {name: [(p, a.ids) for p, a in zip(ids, answers[name], strict=True)] for name in names}
-    logprobs, perplexity = measure(config, names, pairs, tokenizer)
-    rewards = reward_scores(config, prompts, answers, pairs, tokenizer) if "reward" in config.stages else {}
-    taste = HiddenPreference()
-    texts = [prompt_text(record["prompt"]) for record in prompts]
-    utility = {
-        name: [taste.utility(text, answer.text) for text, answer in zip(texts, answers[name], strict=True)]
-        for name in names
-        if "simulated" in judges
-    }
+    seen = answer(config, run, found, prompts)
+    write_jsonl(run.folder / "answers.jsonl", _rows(seen))
+    if section.blind_pairs and "people" not in judge_names(config):
+        with LabelStore(people.store_address(config)) as store:
+            people.send(config, store, seen)
+    judgements = {judge.name: judge.judge(seen) for judge in judges}
+    first_judge = judges[0].name
 
-    def outcomes(name: str, judge: str) -> list[float]:
-        """1, 1/2 or 0 per prompt for `name` against the first model."""
-        if judge == "reward":
-            return [_beats(a, b) for a, b in zip(rewards[name], rewards[names[0]], strict=True)]
-        answered = zip(texts, answers[name], answers[names[0]], strict=True)
-        return [preferred(taste, text, mine.text, other.text) for text, mine, other in answered]
-
+    unit, lengths = lengths_of(found, seen)
+    wins, equal = verdict.win_figures(judgements), verdict.equal_length(judgements, lengths, names[0])
+    abilities = verdict.abilities(judgements[first_judge].scores, seed) if judgements[first_judge].scores else {}
+    reference, likelihoods, perplexity = measure(config, found, seen)
+    references = demonstrated(config)
+    wanted = [references.get(record["prompt_id"]) for record in prompts]
+    on_files, by_lm_eval = measure_abilities(config, found, tasks)
     figures: list[ModelFigures] = []
-    wins: dict[str, dict[str, statistics.WinRate]] = {}
-    controlled: dict[str, dict[str, statistics.Estimate]] = {}
-    lengths = {name: [len(answer.ids) for answer in answers[name]] for name in names}
-    seed = config.seed
-    for name in names:
-        told = {judge: outcomes(name, judge) for judge in judges} if name != names[0] else {}
-        wins[name] = {judge: statistics.win_rate(won) for judge, won in told.items()}
-        controlled[name] = {
-            judge: statistics.length_controlled_win_rate(won, lengths[name], lengths[names[0]])
-            for judge, won in told.items()
-        }
-        figures.append(
-            {
-                "name": name,
-                "path": policy_folder(config, name),
-                "win_rate": {JUDGES[judge][0]: cast(WinRateFigure, win.record()) for judge, win in wins[name].items()},
-                "equal_length": {
-                    JUDGES[judge][0]: cast(MeanFigure, estimate.record())
-                    for judge, estimate in controlled[name].items()
-                },
-                "reward": _mean(rewards.get(name), seed),
-                "preference": _mean(utility.get(name), seed),
-                "kl": _mean(logprobs.get(name), seed),
-                "length": _mean(lengths[name], seed),
-                "finished": sum(answer.finished for answer in answers[name]) / len(prompts),
-                "perplexity": perplexity.get(name),
-            }
-        )
+    for one in found:
+        name = one.name
+        figure = figures_of(one, seen, judgements, likelihoods.get(name, []), lengths[name], wanted, seed)
+        figure["win_rate"] = wins.get(name, {})
+        figure["equal_length"] = {by: cast(MeanFigure, told.record()) for by, told in equal.get(name, {}).items()}
+        figure["perplexity"] = perplexity.get(name)
+        if name in abilities:
+            figure["ability"] = abilities[name]
+        if name in on_files:
+            figure["tasks"] = on_files[name]
+        if name in by_lm_eval:
+            figure["lm_eval"] = by_lm_eval[name]
+        figures.append(figure)
     report = Report(
-        schema=1,
+        schema=SCHEMA,
         pipeline=config.name,
-        created=run.info["started_at"],
-        notices=notices(config, judges),
-        verdict=_verdicts(names, judges, wins, controlled, figures),
-        judges=[{"name": JUDGES[judge][0], "description": JUDGES[judge][1]} for judge in judges],
-        prompts={"n": len(prompts), "split": "test", "digest": digest([record["prompt"] for record in prompts])},
+        notices=notices(config, found, judges, seen, judgements),
+        verdict=[
+            verdict.headline(names[0], first_judge, figures, equal),
+            *sentences(first_judge, figures, equal),
+        ],
+        judges=judge_figures(judges, judgements),
+        prompts={
+            "n": len(prompts),
+            "split": "all" if config.stages == ["compare"] else "test",
+            "digest": who.prompts_digest(prompts),
+            **({"seen": seen_before} if seen_before else {}),  # type: ignore[typeddict-item]
+        },
+        reference=reference,
+        length_unit=unit,
         models=figures,
-        examples=_examples(prompts[: section.examples], answers, rewards, utility),
+        examples=examples(seen, judgements, first_judge, section.examples),
         lineage=_lineage(run),
-        seeds={"seed": config.seed},
+        seeds={"seed": seed},
         versions=versions(),
         settings=section.model_dump(mode="json") | {"test_share": config.data.test_share},
     )
-    if "ppo" in names:
+    if any(one.place == "ppo" for one in found):
         report["ppo"] = ppo_course(config.folder("ppo"))
+        if climbed := over_optimisation(config, run, found, prompts, judges):
+            report["overoptimisation"] = climbed
     path = page.write_report(report, run.folder)
     progress.table(page.terminal_table(report))
     for sentence in [*report["notices"], *report["verdict"]]:
@@ -134,90 +113,110 @@ def run_compare(config: Config, run: Run) -> dict[str, Any]:
     return {
         "prompts": len(prompts),
         "verdict": report["verdict"],
-        "win_rates": {name: {judge: win.record() for judge, win in by.items()} for name, by in wins.items() if by},
+        "win_rates": {name: dict(by) for name, by in wins.items()},
     }
 
 
-def chosen_judges(config: Config) -> list[str]:
-    """The judges of the config, or those that fit it: simulated for simulated labels, the reward model if there is one.
+def figures_of(
+    one: Contestant,
+    seen: Answered,
+    judgements: Mapping[str, Judgement],
+    rows: Sequence[AnswerFigures],
+    lengths: Sequence[int],
+    references: Sequence[str | None],
+    seed: int,
+) -> ModelFigures:
+    """What is measured of one model's answers by themselves; rows are those that have tokens."""
+    answers = seen.answers[one.name]
+    scores: dict[str, MeanFigure] = {}
+    for judge, told in judgements.items():
+        given = [score for score in told.scores.get(one.name, []) if score is not None]
+        # A mean over some of the prompts would be another figure.
+        if len(given) == len(answers) and (mean := verdict.mean_of(given, seed)):
+            scores[judge] = mean
+    kls = [row.kl for row in rows if row.kl is not None]
+    return {
+        "name": one.name,
+        "path": one.path,
+        "scores": scores,
+        "kl": verdict.mean_of(kls, seed),
+        "kl_per_token": verdict.ratio_of(kls, [row.tokens for row in rows], seed) if kls else None,
+        "entropy": verdict.mean_of([row.entropy for row in rows], seed),
+        "length": verdict.mean_of(lengths, seed),
+        "finished": None if one.given is not None else sum(a.finished for a in answers) / len(answers),
+        "perplexity": None,
+        "text": text_figures([answer.text for answer in answers], references, seed),
+    }
 
-    Raises:
-        InputError: a judge is asked for that this pipeline does not have, or there is none.
-    """
-    simulated, reward = config.label.source == "simulated" and "label" in config.stages, "reward" in config.stages
-    if config.compare.judges is None:
-        judges = [*(["simulated"] if simulated else []), *(["reward"] if reward else [])]
-    else:
-        judges = [*config.compare.judges]
-    if "reward" in judges and not reward:
-        raise InputError("compare.judges names reward, but the stages have no reward model: add `reward` to stages.")
-    if "simulated" in judges and not simulated:
-        raise InputError("compare.judges names simulated, but no label of this pipeline is simulated: use reward.")
-    if not judges:
-        raise InputError("compare has no judge: add `reward` to stages, or use label.source: simulated.")
-    return judges
+
+def answer(config: Config, run: Run, found: Sequence[Contestant], prompts: list[Record]) -> Answered:
+    """Every model's answers, generated or read back."""
+    answers, ids = {}, {}
+    for number, one in enumerate(found):
+        answers[one.name] = answers_of(config, run, one, prompts, str(number))
+        asked = one.tokenizer is not None
+        ids[one.name] = [prompt_ids(one.tokenizer, record["prompt"]) if asked else [] for record in prompts]
+    return Answered(prompts, ids, answers)
 
 
-def answers_of(config: Config, run: Run, name: str, ids: list[list[int]], tokenizer: Any) -> list[Answer]:
-    """One answer of a model to every prompt; batches generated before an interruption are read back."""
-    section = config.compare
-    partial = Partial(run.work / f"answers-{name}.jsonl")
-    if len(partial.batches) < len(batches(ids, section.batch_size)):
-        model = models.merged(models.load_policy(policy_folder(config, name), config.model))
-        with progress.bar(f"compare: {name} answers", len(ids)) as report:
-            # The same seed for every model: where two models agree, so do their answers.
-            found = generate(model, tokenizer, ids, section, f"{config.seed} compare", skip=len(partial.batches))
-            for indices, answers in found:
-                partial.add([[i, a.ids, a.text, a.finished] for i, a in zip(indices, answers, strict=True)])
-                report(min(len(partial.batches) * section.batch_size, len(ids)))
-        del model
-        training.release()
-    return [Answer(*row[1:]) for row in sorted((r for b in partial.batches for r in b), key=lambda row: row[0])]
+def lengths_of(found: Sequence[Contestant], seen: Answered) -> tuple[Any, dict[str, list[int]]]:
+    """(unit, length of every answer by model): tokens, or characters where tokens cannot be compared."""
+    if all(who.shares_tokens(one, found[0]) for one in found):
+        return "tokens", {name: [len(answer.ids) for answer in answers] for name, answers in seen.answers.items()}
+    return "characters", {name: [len(answer.text) for answer in answers] for name, answers in seen.answers.items()}
 
 
 def measure(
-    config: Config, names: list[str], pairs: dict[str, list[Pair]], tokenizer: Any
-) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """(KL samples per model, perplexity per model).
+    config: Config, found: Sequence[Contestant], seen: Answered
+) -> tuple[str | None, dict[str, list[AnswerFigures]], dict[str, MeanFigure]]:
+    """(name of the reference, figures of every answer by model, perplexity by model).
 
-    A KL sample is log pi(answer) - log ref(answer) in nats, for an answer sampled from pi at temperature 1; its mean
-    over answers is an unbiased estimate of KL(pi || reference). It is left out where answers were not sampled so.
+    KL is exact at every position of an answer that the policy itself sampled at temperature 1; where answers are not
+    sampled so, it is left out, because its mean over them is not KL(pi || reference). The reference is the pipeline's
+    SFT model (its base, without sft); between models from elsewhere, the first.
     """
-    plain = config.compare.temperature == 1 and config.compare.top_p == 1 and config.compare.top_k == 0
-    moved = [name for name in names if name in ("dpo", "ppo")] if plain else []
-    demonstrations = held_out_demonstrations(config, tokenizer)
-    sums: dict[str, list[float]] = {}
-    perplexity: dict[str, Any] = {}
-    reference: dict[str, list[float]] = {}
-    loaded = (
-        names if "sft" in names or not moved else [*names, "sft"]
-    )  # in a pipeline without sft, the base is reference
-    for name in loaded:
-        model = models.load_policy(policy_folder(config, name), config.model)
-        work = [own for own in moved if own == name or name == _reference(loaded)]
-        total = sum(len(pairs[own]) for own in work) + (len(demonstrations) if name in names else 0)
-        with progress.bar(f"compare: {name} likelihoods", total) as report:
-            done = 0
-
-            def score(rows: list[Pair], model: Any = model, report: Callable[..., None] = report) -> list[Any]:
-                nonlocal done
-                found = answer_logprobs(model, rows, tokenizer.pad_token_id, on_progress=lambda n: report(done + n))
-                done += len(rows)
-                return found
-
-            for own in work:
-                target = sums if own == name else reference
-                target[own] = [float(row.sum()) for row in score(pairs[own])]
-            if demonstrations and name in names:
-                perplexity[name] = _perplexity([float(-row.mean()) for row in score(demonstrations)], config.seed)
-        del model
+    alone = config.stages == ["compare"]
+    base = found[0] if alone else next((one for one in found if one.place == "sft"), None)
+    place = found[0].path if alone else sft_model(config)
+    name = found[0].name if alone else ("sft" if "sft" in config.stages else "base")
+    if alone and found[0].tokenizer is None:
+        place, name = "", ""
+    tokenizer = base.tokenizer if base else models.load_tokenizer(place, config.model)
+    whole = config.compare.temperature == 1 and config.compare.top_p == 1 and config.compare.top_k == 0
+    figures: dict[str, list[AnswerFigures]] = {}
+    perplexity: dict[str, MeanFigure] = {}
+    demonstrations = held_out_demonstrations(config, tokenizer) if place else []
+    for one in found:
+        if one.tokenizer is None:
+            continue
+        pad = one.tokenizer.pad_token_id
+        comparable = bool(place) and who.shares_tokens(one, Contestant("", "", "", tokenizer))
+        # The base was before the reference: it has not moved away from it.
+        moved = comparable and whole and one.path != place and one.place != "base"
+        pairs = [(p, a.ids) for p, a in zip(seen.prompt_ids[one.name], seen.answers[one.name], strict=True)]
+        kept = [pair for pair in pairs if pair[1]]
+        model = models.load_policy(one.path, config.model)
+        reference: Any = None
+        if moved:
+            on_reference = hasattr(model, "peft_config") and _base_of(one.path) == place
+            reference = "adapter off" if on_reference else models.merged(models.load_policy(place, config.model))
+        rows = demonstrations if comparable else []
+        with progress.bar(f"compare: {one.name} likelihoods", len(kept) + len(rows)) as report:
+            figures[one.name] = answer_figures(model, reference, kept, pad, on_progress=report)
+            if rows:
+                told = answer_logprobs(models.merged(model), rows, pad, on_progress=_after(report, len(kept)))
+                perplexity[one.name] = perplexity_figure([float(-row.mean()) for row in told], config.seed)
+        del model, reference
         training.release()
-    kl = {name: [a - b for a, b in zip(sums[name], reference[name], strict=True)] for name in moved}
-    return kl, perplexity
+    return name or None, figures, perplexity
 
 
-def _reference(names: list[str]) -> str:
-    return "sft" if "sft" in names else "base"
+def _after(report: Callable[[int], object], done: int) -> Callable[[int], object]:
+    return lambda count: report(done + count)
+
+
+def _base_of(path: str) -> str:
+    return str(json.loads((Path(path) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"])
 
 
 def held_out_demonstrations(config: Config, tokenizer: Any) -> list[Pair]:
@@ -234,39 +233,12 @@ def held_out_demonstrations(config: Config, tokenizer: Any) -> list[Pair]:
     return kept[: config.compare.max_prompts]
 
 
-def reward_scores(
-    config: Config,
-    prompts: list[Record],
-    answers: dict[str, list[Answer]],
-    pairs: dict[str, list[Pair]],
-    tokenizer: Any,
-) -> dict[str, list[float]]:
-    """The reward model's score of every model's answers: from their tokens, or from their text where it has a base and
-    a tokenizer of its own."""
-    from reward.scoring import score, score_rows
-
-    folder = str(config.folder("reward") / "model")
-    model = models.load_reward_model(folder, config.model)
-    conversations = [record["prompt"] for record in prompts]
-    scores = {}
-    with progress.bar("compare: reward", sum(map(len, pairs.values()))) as report:
-        for number, (name, rows) in enumerate(pairs.items()):
-            done = number * len(rows)
-
-            def told(count: int, done: int = done) -> None:
-                report(done + count)
-
-            if config.reward.base:
-                reader = Scorer(model, models.load_reward_tokenizer(folder), "reward")
-                texts, finished = ([getattr(a, key) for a in answers[name]] for key in ("text", "finished"))
-                found = score(reader, conversations, texts, finished=finished, on_progress=told)
-                scores[name] = [float(value) for value in found.mean]
-            else:
-                whole = [prompt + answer for prompt, answer in rows]
-                scores[name] = score_rows(model, whole, tokenizer.pad_token_id, on_progress=told)
-    del model
-    training.release()
-    return scores
+def demonstrated(config: Config) -> dict[str, str]:
+    """Demonstrated answers by prompt id: the references of BLEU and ROUGE."""
+    if not config.data.demonstrations:
+        return {}
+    loaded = load_demonstrations(config.data.demonstrations, config.data.test_share, config.data.max_rows)
+    return {prompt_id(record["prompt"]): answer_text(record["completion"]) for record in loaded.records}
 
 
 def ppo_course(folder: Path) -> PpoCourse:
@@ -283,7 +255,13 @@ def ppo_course(folder: Path) -> PpoCourse:
     }
 
 
-def notices(config: Config, judges: list[str]) -> list[str]:
+def notices(
+    config: Config,
+    found: Sequence[Contestant],
+    judges: Sequence[Judge],
+    seen: Answered,
+    judgements: Mapping[str, Judgement],
+) -> list[str]:
     """What a reader must know before believing a figure."""
     said = []
     if config.label.source == "simulated" and "label" in config.stages:
@@ -291,17 +269,39 @@ def notices(config: Config, judges: list[str]) -> list[str]:
             "These labels are simulated: a program with a documented taste stood in for people. The figures show that "
             "the pipeline works, not that people prefer a model."
         )
-    if "ppo" in config.stages:
+    count = len(seen.prompts)
+    if count < verdict.FEW_PROMPTS:
+        said.append(
+            f"There are only {count} prompts: nothing but a huge difference could be seen. Compare on at least "
+            f"{verdict.FEW_PROMPTS}, better 200."
+        )
+    if any(one.place == "ppo" for one in found):
         said += _summary(config, "ppo").get("reward_trust", [])
-    if "reward" in judges and not _summary(config, "reward").get("trusted", True):
+    named = judge_names(config)
+    if "reward" in named and not _summary(config, "reward").get("trusted", True):
         said.append(
             "The reward model, a judge here, failed its own trust report: what it prefers says little about the models."
         )
-    if judges == ["reward"] and "ppo" in config.stages:
+    if not any(judge.independent for judge in judges):
         said.append(
-            "The only judge is the reward model that ppo was trained on. Ask people, or a judge that ppo has not seen, "
-            "before shipping ppo."
+            "No judge is independent of ppo: all of them are what it was trained on. Ask people, or a judge that ppo "
+            "has not seen, before shipping ppo."
         )
+    said += who.differences(found)
+    for one in found:
+        empty = sum(not answer.text.strip() for answer in seen.answers[one.name])
+        if empty:
+            which = "Every answer" if empty == count else f"{empty} of {count} answers"
+            said.append(f"{which} of {one.name} {'is' if empty in (1, count) else 'are'} empty.")
+        if one.trained_on is None and one.given is None:
+            said.append(f"What {one.name} was trained on is not known here: prompts it has seen could not be left out.")
+    for judge in judges:
+        told = judgements[judge.name]
+        if told.asked and told.failed > told.asked / 10:
+            said.append(
+                f"The {judge.name} gave no usable answer to {told.failed} of {told.asked} questions: its figures rest "
+                "on the others."
+            )
     return said
 
 
@@ -310,45 +310,89 @@ def _summary(config: Config, stage: str) -> dict[str, Any]:
     return summary
 
 
-def _verdicts(
-    names: list[str],
-    judges: list[str],
-    wins: dict[str, dict[str, statistics.WinRate]],
-    controlled: dict[str, dict[str, statistics.Estimate]],
-    figures: list[ModelFigures],
-) -> list[str]:
-    base = figures[0]
-    sentences = []
-    for name, figure in zip(names[1:], figures[1:], strict=True):
-        kl, length = figure["kl"], figure["length"]
-        assert length and base["length"]
-        ratio = length["mean"] / base["length"]["mean"]
-        win = wins[name][judges[0]]
-        judge = f"the {JUDGES[judges[0]][0]}"
-        equal = controlled[name][judges[0]]
+def judge_figures(judges: Sequence[Judge], judgements: Mapping[str, Judgement]) -> list[JudgeFigures]:
+    """What is known of every judge's reliability."""
+    voted = judgements.get(people.People.name)
+    found: list[JudgeFigures] = []
+    for judge in judges:
+        told = judgements[judge.name]
+        figures: JudgeFigures = {
+            "name": judge.name,
+            "description": judge.description,
+            "independent": judge.independent,
+            "sentences": [],
+        }
+        if told.asked:
+            figures |= {"asked": told.asked, "failed": told.failed}
+        if bias := verdict.bias_of(told):
+            figures["bias"] = bias
+        agrees = verdict.agreement(told, voted, "people") if voted and told is not voted else None
+        if agrees:
+            figures["agreement"] = agrees
+        if judge.trust:
+            figures["trust"] = judge.trust
+        figures["sentences"] = verdict.reliability(told, bias, agrees)
+        if told.votes:
+            votes = sum(told.votes.values())
+            figures["sentences"].append(f"{votes} votes were cast on {len(told.votes)} models' pairs.")
+        found.append(figures)
+    return found
+
+
+def sentences(judge: str, figures: Sequence[ModelFigures], equal: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
+    """The verdict on every model by the judge that is told first."""
+    base, said = figures[0], []
+    for figure in figures[1:]:
+        name, kl, length = figure["name"], figure["kl"], figure["length"]
+        won = figure.get("win_rate", {}).get(judge)
+        if won is None:
+            said.append(f"It is not known whether {name} is better than {base['name']}: the {judge} gave no verdict.")
+            continue
+        keys = ("rate", "low", "high", "wins", "ties", "losses", "n")
+        win = WinRate(**{key: won[key] for key in keys})  # type: ignore[literal-required]
+        ratio = (
+            length["mean"] / base["length"]["mean"] if length and base["length"] and base["length"]["mean"] else None
+        )
         moved = kl["mean"] if kl else None
-        sentences.append(statistics.verdict_sentence(name, names[0], win, judge, moved, ratio, equal))
-    return sentences
+        said.append(verdict_sentence(name, base["name"], win, f"the {judge}", moved, ratio, equal[name].get(judge)))
+    return said
 
 
-def _mean(values: Any, seed: int) -> Any:
-    return None if values is None else statistics.mean_with_interval(values, seed=seed).record()
+def examples(seen: Answered, judgements: Mapping[str, Judgement], judge: str, count: int) -> list[Example]:
+    """The first `count` prompts with their answers, the worst regressions first."""
+    scores = judgements[judge].scores
+    margins = {
+        name: [(mine or 0.0) - (base or 0.0) for mine, base in zip(scores[name], scores[seen.first], strict=True)]
+        for name in seen.others
+        if name in scores
+    }
+    order = verdict.worst_first(judgements[judge].outcomes, margins)
+    return [
+        {
+            "prompt": prompt_text(seen.prompts[number]["prompt"]),
+            "answers": [
+                {
+                    "model": name,
+                    "text": answers[number].text,
+                    "scores": {
+                        by: round(score, 3)
+                        for by, told in judgements.items()
+                        if name in told.scores and (score := told.scores[name][number]) is not None
+                    },
+                    "outcomes": {
+                        by: outcome
+                        for by, told in judgements.items()
+                        if name in told.outcomes and (outcome := told.outcomes[name][number]) is not None
+                    },
+                }
+                for name, answers in seen.answers.items()
+            ],
+        }
+        for number in order[:count]
+    ]
 
 
-def _perplexity(losses: list[float], seed: int) -> Any:
-    """exp of the mean over demonstrations of their loss in nats per token, and of the ends of its interval."""
-    estimate = statistics.mean_with_interval(losses, seed=seed).record()
-    mean = math.exp(estimate["mean"])
-    ends = {end: None if estimate[end] is None else math.exp(estimate[end]) for end in ("low", "high")}
-    error = estimate["standard_error"]
-    return {"mean": mean, **ends, "standard_error": None if error is None else mean * error, "n": estimate["n"]}
-
-
-def _beats(mine: float, other: float) -> float:
-    return 0.5 if mine == other else float(mine > other)
-
-
-def _rows(prompts: list[Record], answers: dict[str, list[Answer]]) -> list[Record]:
+def _rows(seen: Answered) -> list[Record]:
     return [
         {
             "prompt": record["prompt"],
@@ -356,37 +400,22 @@ def _rows(prompts: list[Record], answers: dict[str, list[Answer]]) -> list[Recor
             "split": record["split"],
             "answers": [
                 {"model": name, "text": found[index].text, "finished": found[index].finished}
-                for name, found in answers.items()
+                for name, found in seen.answers.items()
             ],
         }
-        for index, record in enumerate(prompts)
-    ]
-
-
-def _examples(
-    prompts: list[Record],
-    answers: dict[str, list[Answer]],
-    rewards: dict[str, list[float]],
-    utility: dict[str, list[float]],
-) -> list[Example]:
-    judged = {JUDGES["simulated"][0]: utility, JUDGES["reward"][0]: rewards}
-    return [
-        {
-            "prompt": prompt_text(record["prompt"]),
-            "answers": [
-                {
-                    "model": name,
-                    "text": found[index].text,
-                    "scores": {judge: round(by[name][index], 3) for judge, by in judged.items() if name in by},
-                }
-                for name, found in answers.items()
-            ],
-        }
-        for index, record in enumerate(prompts)
+        for index, record in enumerate(seen.prompts)
     ]
 
 
 def _lineage(run: Run) -> list[Any]:
-    keys = ("stage", "folder", "digest", "parents", "data")
-    chain = [{key: entry[key] for key in keys} for entry in lineage(run.folder)]
-    return [entry for entry in chain if entry["stage"] != run.stage]
+    chain = []
+    for entry in lineage(run.folder):
+        if entry["stage"] == run.stage:
+            continue
+        step = {key: entry[key] for key in ("stage", "folder", "digest", "parents", "data")}
+        if "labels" in entry["summary"]:
+            keys = ("labels", "annotators", "aggregate", "ties")
+            told = {key: entry["summary"][key] for key in keys if key in entry["summary"]}
+            step["labels"] = told | {"simulated": entry["simulated_labels"]}
+        chain.append(step)
+    return chain

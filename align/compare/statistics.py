@@ -163,9 +163,11 @@ def length_controlled_win_rate(outcomes: ArrayLike, length: ArrayLike, base_leng
 
     Outcomes are modelled as logit P(win) = a + b tanh(d / s), with d the model's length minus the base's and s the
     standard deviation of d (the length term of Dubois et al. 2024, arXiv 2404.04475); at d = 0 that is sigmoid(a).
-    Both coefficients have a normal prior of deviation 2.5 around 0 (Gelman et al. 2008, arXiv 0901.4011, in a plain
-    form), so that a model which always wins has a finite figure. The interval is that of `a` with the sandwich
-    covariance, through the sigmoid. Outcomes may be shares, as of two orders.
+    The coefficients have normal priors around 0 (Gelman et al. 2008, arXiv 0901.4011, in a plain form): of deviation
+    2.5 for a, so that a model which always wins has a finite figure, and of 10 for b, so that a judge who looks at
+    nothing but length is fitted as what it is. The interval is that of `a`, through the
+    sigmoid, by the sandwich covariance or the model's own, whichever is wider: where length tells nearly every outcome,
+    no residual is left for the first. Outcomes may be shares, as of two orders.
 
     Where all differences in length are alike, nothing tells length from the model: then the figure is the plain rate,
     with b = 0.
@@ -182,7 +184,7 @@ def length_controlled_win_rate(outcomes: ArrayLike, length: ArrayLike, base_leng
     spread = float(difference_N.std())
     columns = [np.ones_like(won_N)] + ([np.tanh(difference_N / spread)] if spread > 1e-9 else [])
     x_NC = np.stack(columns, axis=1)
-    precision = np.eye(x_NC.shape[1]) / 2.5**2
+    precision = np.diag([1 / 2.5**2, 1 / 10**2][: x_NC.shape[1]])
     beta_C = np.zeros(x_NC.shape[1])
     for _ in range(100):  # Newton on a strictly concave function
         p_N = expit(x_NC @ beta_C)
@@ -194,7 +196,8 @@ def length_controlled_win_rate(outcomes: ArrayLike, length: ArrayLike, base_leng
             break
     score_NC = x_NC * (won_N - expit(x_NC @ beta_C))[:, None]
     inverse_CC = np.linalg.inv(curve_CC)
-    error = math.sqrt(float((inverse_CC @ (score_NC.T @ score_NC) @ inverse_CC)[0, 0]))
+    sandwich_CC = inverse_CC @ (score_NC.T @ score_NC) @ inverse_CC
+    error = math.sqrt(max(float(sandwich_CC[0, 0]), float(inverse_CC[0, 0])))
     rate, low, high = (float(expit(beta_C[0] + shift * Z * error)) for shift in (0, -1, 1))
     return Estimate(rate, low, high, error * rate * (1 - rate), won_N.size)
 

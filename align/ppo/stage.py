@@ -1,7 +1,7 @@
 """Stage 6, ppo: align the policy against the reward, on the training prompts, at bounded KL.
 
 The folder's `model` is a PEFT adapter on the SFT model (or a whole model with `ppo.adapter: null`), with the value head
-beside it; `health.json` is what the run's figures say is wrong with it.
+beside it; `policies/` holds those kept along the way, and `health.json` is what the run's figures say is wrong with it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from align.config import Config
 from align.data.load import load_demonstrations, only
 from align.data.render import prompt_ids
 from align.ppo.diagnosis import HEALTH, summary
+from align.ppo.kept import KeepPolicies, updates_kept
 from align.ppo.trainer import PPOTrainer
-from align.runs import Run
+from align.runs import Run, free_space
 from align.sample import fitting_prompts, gather_prompts, sft_model
 from reward.records import InputError, write_json
 
@@ -45,6 +46,7 @@ def run_ppo(config: Config, run: Run) -> dict[str, Any]:
             reward_aggregate=config.reward.aggregate,
             lcb_coefficient=config.reward.lcb_coefficient,
         )
+        kept_after = updates_kept(section.keep_policies, arguments.num_updates) if section.keep_policies else []
         trainer = PPOTrainer(
             model=models.load_causal_lm(base, config.model),
             reward=[str(config.folder("reward") / "model") if r == "reward" else r for r in section.rewards],
@@ -56,6 +58,10 @@ def run_ppo(config: Config, run: Run) -> dict[str, Any]:
         )
     trainer.tell = lambda sentence: progress.say(f"  ppo: {sentence}")
     trainer.add_callback(_Health(trainer, run))
+    if kept_after:
+        keep = KeepPolicies(trainer, run.folder, run.work, kept_after)
+        free_space(run.folder, keep.bytes_wanted, f"ppo with keep_policies: {section.keep_policies}")
+        trainer.add_callback(keep)
     progress.say(
         f"  {len(kept)} prompts; {arguments.num_updates} updates of {trainer.episodes} episodes, "
         f"{section.num_ppo_epochs} passes each"

@@ -125,6 +125,17 @@ def test_commands_and_options_are_these() -> None:
         **dict.fromkeys(STAGES, stage),
         "label": [*stage, "--local", "--invite", "--import"],
         "score": ["run", "file", "--out", "--batch-size"],
+        "chat": [
+            "run",
+            "other",
+            "--blind",
+            "--store",
+            "--host",
+            "--port",
+            "--max-new-tokens",
+            "--temperature",
+            "--seed",
+        ],
         "lineage": ["run"],
         "schema": [],
     }

@@ -247,7 +247,7 @@ REWARD_OWN = {
         ("sft", {"share_prefixes"}),
         ("reward", {"share_prefixes", *REWARD_OWN}),
         ("dpo", {"share_prefixes"}),
-        ("ppo", {"max_prompt_length", "rewards"}),
+        ("ppo", {"keep_policies", "max_prompt_length", "rewards"}),
     ],
 )
 def test_every_documented_key_is_the_trainers_or_known_to_be_ours(section: str, ours: set[str]) -> None:

@@ -1,6 +1,8 @@
 """The report stays true, inert and the same, whatever texts and gaps the run put into it."""
 
+import base64
 import copy
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -8,7 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from align.compare.report import markdown_summary, render_html, terminal_table, write_report
+from align.compare.model_card import model_card
+from align.compare.report import render_html, terminal_table, write_report
 from align.compare.statistics import mean_with_interval, verdict_sentence, win_rate
 
 NASTY = [
@@ -23,7 +26,7 @@ NASTY = [
 OURS = (
     "html head meta title style body header main section h1 h2 h3 h4 p strong em bdi div span small code "
     "table thead tbody tr th td figure figcaption svg g path defs use clippath rect text tspan "
-    "details summary article dl dt dd"
+    "details summary article dl dt dd ins form label input select optgroup option output script"
 )
 
 
@@ -48,10 +51,25 @@ def make_report():
         {
             "name": name,
             "path": f"runs/quickstart/{i}-{name}",
-            "win_rate": {by: won.record() for by, won in results.get(name, {}).items()},
-            "reward": estimate(reward, 0.9, seed=i),
-            "preference": estimate(reward / 2 - 0.5, 0.4, seed=i + 10),
+            "win_rate": {
+                by: won.record() | {"p": 0.01, "p_adjusted": 0.03, "unjudged": 0}
+                for by, won in results.get(name, {}).items()
+            },
+            "scores": {judge: estimate(reward, 0.9, seed=i)},
             "kl": None if kl is None else estimate(kl, 2.5, seed=i + 20),
+            "kl_per_token": None if kl is None else estimate(kl / 50, 0.1, seed=i + 25),
+            "entropy": estimate(2.1, 0.3, seed=i + 60),
+            "ability": {"strength": reward + 0.8, "low": reward + 0.6, "high": reward + 1.0},
+            "text": {
+                "distinct_1": 0.4,
+                "distinct_2": 0.8,
+                "self_similarity": estimate(0.1, 0.02, seed=i + 50),
+                "refusals": {"rate": 0.01, "low": 0.0, "high": 0.07, "n": 74},
+                "empty": {"rate": 0.0, "low": 0.0, "high": 0.05, "n": 74},
+                "bleu": None,
+                "rouge_l": None,
+                "references": 0,
+            },
             "length": estimate(length, 30, seed=i + 30),
             "finished": finished,
             "perplexity": estimate(perplexity, 4, seed=i + 40),
@@ -68,16 +86,34 @@ def make_report():
     ]
     del models[0]["win_rate"]
     return {
-        "schema": 1,
+        "schema": 2,
         "pipeline": "quickstart",
-        "created": "2025-01-31T12:00:00Z",
         "notices": ["These labels are simulated: they show that the pipeline works, not what people prefer."],
+        "reference": "sft",
+        "length_unit": "tokens",
         "verdict": [
-            verdict_sentence(name, "base", by_judge[judge], f"the {judge}") for name, by_judge in results.items()
-        ],
+            "Best of all, dpo is better than base: preferred by the simulated preference on 81 % of 74 held-out "
+            "prompts. Its price: 7.5 nats of KL per answer."
+        ]
+        + [verdict_sentence(name, "base", by_judge[judge], f"the {judge}") for name, by_judge in results.items()],
         "judges": [
-            {"name": judge, "description": "A fixed rule that scores answers; shown each pair in both orders."},
-            {"name": people, "description": "Blind pairs in the labeling UI, sides drawn at random."},
+            {
+                "name": judge,
+                "description": "A fixed rule that scores answers.",
+                "independent": True,
+                "agreement": {
+                    "people": "people",
+                    "share": {"rate": 0.8, "low": 0.7, "high": 0.87, "n": 90},
+                    "kappa": 0.6,
+                },
+                "sentences": ["It prefers what people prefer on 80 % of 90 pairs (95 % interval 70–87 %)."],
+            },
+            {
+                "name": people,
+                "description": "Blind pairs in the labelling app, sides drawn at random.",
+                "independent": True,
+                "sentences": [],
+            },
         ],
         "prompts": {"n": 74, "split": "test", "digest": "0f" * 32},
         "models": models,
@@ -89,6 +125,7 @@ def make_report():
                         "model": model["name"],
                         "text": NASTY[(i + j) % len(NASTY)],
                         "scores": {judge: 0.2 * j - 0.5, "<b>reward</b>": 1.25 * j},
+                        "outcomes": {judge: [1.0, 0.5, 0.0][(i + j) % 3]} if j else {},
                     }
                     for j, model in enumerate(models)
                 ],
@@ -136,7 +173,7 @@ class Page(HTMLParser):
                 pass
 
     def handle_data(self, data):
-        if "style" not in self._within:
+        if not {"style", "script"} & set(self._within):
             self.text += data
 
 
@@ -165,7 +202,12 @@ def test_hostile_texts_are_shown_as_they_are(html):
 
 
 def test_the_page_asks_nobody_for_anything(html):
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    [script] = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
+        "form-action 'none'; base-uri 'none'"
+    )
     assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in Page(html).tags
     for tag, attributes in Page(html).tags:
         for name, value in attributes.items():
@@ -206,10 +248,13 @@ def test_the_first_screen_says_notice_then_verdict_then_table(html):
     text = Page(html).text
     order = [
         "These labels are simulated",
-        "dpo is better than base: preferred on 81\u00a0% of 74 held-out prompts",
-        "worse is worse than base",
+        "Best of all, dpo is better than base: preferred by the simulated preference on 81\u00a0% of 74",
         "Win rate, simulated preference",
         "Gains and costs",
+        "dpo is better than base: preferred on 81\u00a0% of 74 held-out prompts",
+        "worse is worse than base",
+        "What it cost",
+        "Can the judges be believed?",
         "Answers side by side",
         "Method",
     ]
@@ -226,11 +271,13 @@ def test_a_notice_only_where_there_is_one(html):
 
 def test_terminal_table():
     head, base, sft, dpo, *_ = terminal_table(make_report())
-    assert head[:3] == ["Model", "Win rate, simulated preference", "Win rate, people"]
-    assert head[3:] == [
-        "Reward",
-        "Simulated preference",
-        "KL to reference",
+    assert head == [
+        "Model",
+        "Win rate, simulated preference",
+        "Win rate, people",
+        "Strength",
+        "Score, simulated preference",
+        "KL",
         "Answer length",
         "Finished",
         "Perplexity",
@@ -241,58 +288,120 @@ def test_terminal_table():
     assert len({len(row) for row in (head, base, sft, dpo)}) == 1
 
 
-def test_a_missing_figure_is_a_dash_that_says_why():
+def test_a_missing_figure_is_a_dash_that_says_why_and_an_empty_column_is_left_out():
     report = make_report()
-    for model in report["models"]:
-        model.update(reward=None, preference=None, kl=None, perplexity=None)
+    for model in report["models"][1:]:
+        model.update(scores={}, kl=None, kl_per_token=None, perplexity=None)
+        model.pop("ability")
+    report["models"][0].pop("ability")
     page = render_html(report)
-    assert 'title="No reward model scored these answers."' in page
-    assert 'title="KL to the SFT reference is not defined for this model."' in page
+    assert 'title="Not every answer has a score by simulated preference."' in page
     assert 'title="Not judged by people."' in page
-    assert "Simulated preference" not in terminal_table(report)[0]
-    assert page.count('<svg role="img"') == 2  # win rate and length are left
+    assert "nats per answer, ± standard error" not in page and "BLEU" not in page
+    assert page.count('<svg role="img"') == 3  # win rate, length, and the base's perplexity are left
 
 
 def test_one_prompt_and_nothing_to_compare():
     report = make_report()
     alone = report["models"][0]
     alone["length"] = mean_with_interval([-1234.5]).record()
-    alone["reward"] = alone["kl"] = mean_with_interval([-0.001]).record()
+    alone["kl"] = mean_with_interval([-0.001]).record()
+    alone.pop("ability")
     report.update(models=[alone], verdict=[], examples=[], lineage=[], notices=[], judges=[])
     page = render_html(report)
-    assert "No verdict: no model was compared with the base." in page
+    assert "No verdict: no model was compared with another." in page
     assert "Answers side by side" not in page
     assert terminal_table(report)[1][:2] == ["base", "0.00"]
-    assert "−1,234" in terminal_table(report)[1][4]
+    assert "−1,234" in terminal_table(report)[1][2]
 
 
 def test_names_are_never_formulas_or_tags():
     report = make_report()
     report["models"][2]["name"] = "a$b$ <i>&"
     page = Page(render_html(report))
-    assert page.text.count("a$b$ <i>&") >= 5  # table and four plots
+    assert page.text.count("a$b$ <i>&") >= 5  # tables and plots
     assert "i" not in {tag for tag, _ in page.tags}
 
 
-def test_markdown_summary():
+def test_the_answers_know_what_they_may_be_filtered_by(html):
+    shown = [attributes for tag, attributes in Page(html).tags if attributes.get("class") == "example"]
+    options = {a["value"] for tag, a in Page(html).tags if tag == "option"} - {""}
+    told = {word for attributes in shown for word in attributes["data-outcomes"].split()}
+    assert len(shown) == 8 and told <= options
+    # Model 1 of prompt 0 is tied by judge 0 (see make_report), and so on.
+    assert shown[0]["data-outcomes"] == "1-0-tied 2-0-lost 3-0-won 4-0-tied"
+
+
+def test_what_the_first_model_did_not_say_is_marked():
+    report = make_report()
+    report["examples"] = [
+        {
+            "prompt": "?",
+            "answers": [
+                {"model": "base", "text": "a fox <b>ran</b> home", "scores": {}},
+                {"model": "dpo", "text": "a red fox <b>ran</b> home", "scores": {}, "outcomes": {"people": 0.0}},
+                {"model": "ppo", "text": "nothing alike", "scores": {}},
+            ],
+        }
+    ]
+    page = render_html(report)
+    assert re.search(r"a <ins>red ?</ins> ?fox &lt;b&gt;ran&lt;/b&gt; home", page)
+    assert page.count("<ins>") == 2  # this one and the legend's: where all is new, nothing is marked
+    assert '<dd class="worse">lost</dd>' in page
+
+
+def test_over_optimisation_is_drawn_and_told():
+    report = make_report()
+    points = [
+        {
+            "name": f"update {step}",
+            "step": step,
+            "proxy": estimate(step / 10, 0.5, seed=step),
+            "gold": estimate(-((step - 8) ** 2) / 50, 0.5, seed=step + 1),
+            "kl": estimate(step, 0.5, seed=step + 2),
+            "length": estimate(40, 4, seed=step + 3),
+        }
+        for step in (0, 4, 8, 12)
+    ]
+    report["overoptimisation"] = {
+        "proxy_name": "the reward model",
+        "gold_name": "the reader",
+        "checkpoints": points,
+        "parting": 2,
+        "recommended": 2,
+        "best_of_n": {"n": [1, 2, 4], "kl": [0.0, 0.19, 0.64], "proxy": [0.0, 0.2, 0.3], "gold": [0.0, 0.1, 0.1]},
+        "sentences": ["From update 8 on the reward model still rises."],
+    }
+    page = render_html(report)
+    assert page.count('<svg role="img"') == 5
+    assert "From update 8 on the reward model still rises." in page
+    for words in ("they part", "ship this", "the reader"):
+        assert words in page
+    assert "From update 8 on" in model_card(report)
+
+
+def test_model_card():
     report = make_report()
     report["notices"].append("a | b <script>\n# c")
-    text = markdown_summary(report)
+    text = model_card(report)
     assert "> **Note:** These labels are simulated" in text
     assert r"a \| b \<script\> \# c" in text
     assert "- dpo is better than base" in text
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 5
-    assert len({line.count("|") for line in rows}) == 1
     assert "| dpo | 81 % (71–88 %) |" in text
+    assert "It prefers what people prefer on 80 % of 90 pairs" in text
+    assert "data/demonstrations.jsonl cdcdcdcdcdcd" in text
+    tables = re.split(r"\n\n", text)
+    for table in tables:
+        rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({re.sub(r"\\\|", "", line).count("|") for line in rows}) <= 1
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
-    other = copy.deepcopy(make_report()) | {"schema": 2}
-    with pytest.raises(ValueError, match="schema 2"):
+    other = copy.deepcopy(make_report()) | {"schema": 3}
+    with pytest.raises(ValueError, match="schema 3"):
         write_report(other, tmp_path / "other")
     broken = make_report()
-    broken["models"][0]["reward"]["mean"] = float("nan")
+    broken["models"][0]["length"]["mean"] = float("nan")
     with pytest.raises(ValueError, match="JSON"):
         write_report(broken, tmp_path)
     assert not list(tmp_path.iterdir())
