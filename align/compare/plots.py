@@ -136,53 +136,44 @@ def _ability_plot(models: Sequence[ModelFigures], colours: dict[str, str], first
 
 
 def _climb_plot(climb: OverOptimisation | None) -> Plot | None:
+    """What ppo climbed above, the held-out judge below, over one KL axis: their units differ."""
     if climb is None or len(climb["checkpoints"]) < 2:
         return None
-    figure, axes = canvas(rows=5)
+    from matplotlib.figure import Figure
+
     points, kl = climb["checkpoints"], [each["kl"]["mean"] for each in climb["checkpoints"]]
-    sides: list[tuple[str, str, str, list[MeanFigure]]] = [
-        (climb["proxy_name"], COLOURS[2], "s", [each["proxy"] for each in points])
-    ]
     golds = [gold for each in points if (gold := each["gold"]) is not None]
+    curve = climb["best_of_n"]
+    sides = [(climb["proxy_name"], COLOURS[2], [each["proxy"] for each in points], curve and curve["proxy"])]
     if climb["gold_name"] is not None and len(golds) == len(points):
-        sides.append((climb["gold_name"], COLOURS[1], "o", golds))
-    for name, colour, marker, figures in sides:
-        # Both in their own standard deviations above the reference's mean: their units differ.
-        zero, unit = figures[0]["mean"], _unit(figures)
-        values = [(each["mean"] - zero) / unit for each in figures]
-        axes.plot(kl, values, color=colour, linewidth=1.2, alpha=0.7)
-        for x, value, each in zip(kl, values, figures, strict=True):
-            interval = interval_of(each)
-            ends = None if interval is None else ((interval[0] - zero) / unit, (interval[1] - zero) / unit)
-            point(axes, (x, value), colour, marker, y_interval=ends)
-        axes.plot([], [], color=colour, marker=marker, label=name)
-        curve = climb["best_of_n"]
-        best = None if curve is None else (curve["gold"] if name == climb["gold_name"] else curve["proxy"])
-        if curve is not None and best is not None:
-            axes.plot(curve["kl"], [(value - zero) / unit for value in best], color=colour, linestyle=(0, (4, 3)))
-    for index, word, offset in ((climb["parting"], "they part", -14), (climb["recommended"], "ship this", 8)):
+        sides.append((climb["gold_name"], COLOURS[1], golds, curve and curve["gold"]))
+    figure = Figure(figsize=(4.4, 0.9 + 1.7 * len(sides)), layout="constrained")
+    panels = figure.subplots(len(sides), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, colour, figures, best) in zip(panels, sides, strict=True):
+        axes.plot(kl, [each["mean"] for each in figures], color=colour, linewidth=1.2, alpha=0.7)
+        for x, each in zip(kl, figures, strict=True):
+            point(axes, (x, each["mean"]), colour, "o", y_interval=interval_of(each))
+        if curve is not None and best:
+            axes.plot(curve["kl"], best, color=colour, linestyle=(0, (4, 3)))
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.set_ylabel("mean score")
+        axes.margins(x=0.1, y=0.15)
+        for index, style in ((climb["parting"], (0, (4, 3))), (climb["recommended"], (0, (1, 2)))):
+            if index is not None:
+                axes.axvline(kl[index], color=INK, linewidth=0.9, linestyle=style)
+    for index, word, height in ((climb["parting"], "they part", 0.16), (climb["recommended"], "ship this", 0.03)):
         if index is not None:
-            axes.axvline(kl[index], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
-            axes.annotate(
-                word, (kl[index], 0), xycoords=("data", "axes fraction"), xytext=(4, 12 + offset), color=INK,
-                textcoords="offset points",
-            )  # fmt: skip
-    axes.margins(x=0.1, y=0.15)
-    axes.set_xlabel("KL to reference, nats per answer")
-    axes.set_ylabel("standard errors above the reference")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1, borderaxespad=0)
-    dashed = " Dashed: the best of n answers of the reference by the same score." if climb["best_of_n"] else ""
-    return _plot(
+            where = {"xycoords": ("data", "axes fraction"), "xytext": (4, 0), "textcoords": "offset points"}
+            panels[-1].annotate(word, (kl[index], height), color=INK, **where)
+    panels[-1].set_xlabel("KL to reference, nats per answer")
+    dashed = " Dashed curves: the best of n answers of the reference by the first." if curve else ""
+    return as_plot(
         "Along the training, on held-out prompts",
-        f"What ppo climbed and a judge it never saw, at every policy kept.{dashed} Where only the first still "
-        "rises, the policy has learned the reward model, not the task.",
+        f"What ppo climbed (above) and a judge it never saw (below), at every policy kept.{dashed} Where only the "
+        "first still rises, the policy has learned the reward, not the task.",
         figure,
+        "the table of policies along the way",
     )
-
-
-def _unit(figures: Sequence[MeanFigure]) -> float:
-    """The reference's standard error; 1 where there is none."""
-    return figures[0]["standard_error"] or 1.0
 
 
 def _course_plot(course: PpoCourse | None, colour: str) -> Plot | None:

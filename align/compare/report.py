@@ -48,12 +48,14 @@ class SideBySide:
 
     outcomes: `<model's number>-<judge's number>-<won|tied|lost>`, for the filter.
     is_same: all answers say the same.
+    lost: models whose answer lost by the judge that is told first.
     """
 
     prompt: str
     answers: list[Shown]
     outcomes: list[str]
     is_same: bool
+    lost: list[str]
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -98,9 +100,7 @@ def render_html(report: Report) -> str:
 def terminal_table(report: Report) -> list[list[str]]:
     """Gains and main costs as rows of strings, the heading first; to fit a line, only win rates keep intervals."""
     won, paid = tables.gains(report), tables.costs(report)
-    kept = [
-        i for i, column in enumerate(paid.columns) if column.title in ("KL", "Answer length", "Finished", "Perplexity")
-    ]
+    kept = [i for i, column in enumerate(paid.columns) if column.title in ("Answer length", "Finished", "Perplexity")]
     heading = ["Model", *(column.title for column in won.columns), *(paid.columns[i].title for i in kept)]
     rows = [heading]
     for gain, cost in zip(won.rows, paid.rows, strict=True):
@@ -122,7 +122,8 @@ def _side_by_side(example: Example, judges: list[str]) -> SideBySide:
             pieces = [(answer["text"], False)]
         answers.append(Shown(answer["model"], pieces, not answer["text"].strip(), answer.get("scores", {}), verdicts))
     same = len({answer["text"] for answer in example["answers"]}) == 1
-    return SideBySide(example["prompt"], answers, outcomes, same)
+    lost = [a["model"] for a in example["answers"] if judges and a.get("outcomes", {}).get(judges[0]) == 0]
+    return SideBySide(example["prompt"], answers, outcomes, same, lost)
 
 
 def _short(digest: str) -> str:

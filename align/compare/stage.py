@@ -23,7 +23,7 @@ from align.compare.schema import SCHEMA, Example, Finding, ModelFigures, PpoCour
 from align.compare.schema import Judge as JudgeFigures
 from align.compare.statistics import Estimate, WinRate, verdict_sentence
 from align.compare.texts import text_figures
-from align.config import Config
+from align.config import STAGES, Config
 from align.data.load import load_demonstrations
 from align.data.render import answer_ids, prompt_ids
 from align.logprobs import Pair, answer_logprobs
@@ -418,4 +418,4 @@ def _lineage(run: Run) -> list[Any]:
             told = {key: entry["summary"][key] for key in keys if key in entry["summary"]}
             step["labels"] = told | {"simulated": entry["simulated_labels"]}
         chain.append(step)
-    return chain
+    return sorted(chain, key=lambda step: STAGES.index(step["stage"]))

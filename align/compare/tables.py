@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 from align.compare.schema import ModelFigures, Report, ShareFigure, WinRateFigure
 from align.compare.statistics import percent, percent_range, standing
@@ -46,6 +47,10 @@ class Table:
     columns: list[Column]
     rows: list[Row]
 
+    def turned(self) -> list[tuple[Column, list[Cell]]]:
+        """Figures down, models across: for many figures of few models."""
+        return [(column, [row.cells[place] for row in self.rows]) for place, column in enumerate(self.columns)]
+
 
 Filled = tuple[Column, Callable[[ModelFigures], Cell]]
 
@@ -67,16 +72,16 @@ def gains(report: Report) -> Table:
         )
         for judge in judges
     ]
+    columns.append((Column("KL", "nats per answer"), partial(_with_error, key="kl")))
     return _table(report, columns, keep=len(judges))
 
 
 def costs(report: Report) -> Table:
     """What it cost: distance, length, knowledge and variety."""
     unit = report["length_unit"]
-    no_kl = "KL to the reference is not defined for this model, or its answers were not sampled at temperature 1."
     columns: list[Filled] = [
-        (Column("KL", "nats per answer, ± standard error"), lambda m: _with_error(m["kl"], no_kl)),
-        (Column("KL per token", "nats"), lambda m: _with_error(m["kl_per_token"], no_kl)),
+        (Column("KL", "nats per answer, ± standard error"), partial(_with_error, key="kl")),
+        (Column("KL per token", "nats"), partial(_with_error, key="kl_per_token")),
         (Column("Entropy", "nats per token"), lambda m: _mean(m["entropy"], "No model answered.")),
         (Column("Answer length", unit), lambda m: _mean(m["length"], "No answers were measured.")),
         (Column("Finished", "with the stop token"), _finished),
@@ -187,9 +192,10 @@ def _mean(figure: MeanFigure | None, why_missing: str) -> Cell:
     )
 
 
-def _with_error(figure: MeanFigure | None, why_missing: str) -> Cell:
+def _with_error(model: ModelFigures, key: Literal["kl", "kl_per_token"]) -> Cell:
+    figure = model[key]
     if figure is None:
-        return Cell(MISSING, note=why_missing)
+        return Cell(MISSING, note="Not defined for this model, or its answers were not sampled at temperature 1.")
     error = figure["standard_error"]
     text = number(figure["mean"])
     if error is None:

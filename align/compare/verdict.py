@@ -163,7 +163,9 @@ def reliability(judgement: Judgement, bias: BiasFigure | None, agrees: Agreement
         interval = percent_range(figure["low"], figure["high"])
         said.append(
             f"It prefers what {agrees['people']} prefer on {percent(figure['rate'])} of {figure['n']} pairs "
-            f"(95 % interval {interval})" + ("." if figure["low"] > 0.5 else ": no better than a coin is not excluded.")
+            f"(95 % interval {interval})"
+            + ("" if agrees["kappa"] is None else f", kappa {agrees['kappa']:.2f} with ties")
+            + ("." if figure["low"] > 0.5 else ": no better than a coin is not excluded.")
         )
     return said
 
@@ -192,9 +194,9 @@ def headline(
         corrected = ""
         if many > 1:
             holds = "and it holds" if win["p_adjusted"] < 0.05 else "but it does not hold"
-            corrected = f", {holds} after correction for {many} comparisons (p = {_p(win['p_adjusted'])})"
-        which = "Best of all, " if len(judged) > 1 else ""
-        said = f"{which}{name} is better than {first}: {of} ({interval}){corrected}."
+            corrected = f", {holds} after correction for {many} comparisons ({_p(win['p_adjusted'])})"
+        which = f"{name}, which wins most often, is" if len(judged) > 1 else f"{name} is"
+        said = f"{which} better than {first}: {of} ({interval}){corrected}."
     elif all(statistics.standing(m["win_rate"][judge]["low"], m["win_rate"][judge]["high"]) == "worse" for m in judged):
         who = f"{name} is worse than {first}" if len(judged) == 1 else f"Every model is worse than {first}"
         said = f"{who}: {'the best of them, ' + name + ', is ' if len(judged) > 1 else ''}{of} ({interval})."
@@ -205,16 +207,13 @@ def headline(
     if settled != "better":
         return said
     costs = _costs(best, figures[0])
+    listed = costs[0] if len(costs) == 1 else ", ".join(costs[:-1]) + " and " + "".join(costs[-1:])
+    price = f"Its price: {listed}" if costs else ""
     at_length = equal.get(name, {}).get(judge)
     if at_length and statistics.standing(at_length.low, at_length.high) != "better":
-        costs.append(
-            f"at equal length it would be preferred on {percent(at_length.mean)} only "
-            f"({percent_range(at_length.low, at_length.high)}), so length explains the gain"
-        )
-    if not costs:
-        return said
-    listed = costs[0] if len(costs) == 1 else ", ".join(costs[:-1]) + " and " + costs[-1]
-    return f"{said} Its price: {listed}."
+        rate = f"{percent(at_length.mean)}, {percent_range(at_length.low, at_length.high)}"
+        price += f"{'; at' if price else 'At'} equal length nothing is settled ({rate}), so length may explain the gain"
+    return f"{said} {price}." if price else said
 
 
 def _costs(best: ModelFigures, first: ModelFigures) -> list[str]:
@@ -229,7 +228,7 @@ def _costs(best: ModelFigures, first: ModelFigures) -> list[str]:
 
 
 def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def worst_first(outcomes: Mapping[str, Sequence[float | None]], margins: Mapping[str, Sequence[float]]) -> list[int]:

@@ -92,8 +92,8 @@ def make_report():
         "reference": "sft",
         "length_unit": "tokens",
         "verdict": [
-            "Best of all, dpo is better than base: preferred by the simulated preference on 81 % of 74 held-out "
-            "prompts. Its price: 7.5 nats of KL per answer."
+            "dpo, which wins most often, is better than base: preferred by the simulated preference on 81 % of 74 "
+            "held-out prompts. Its price: 7.5 nats of KL per answer."
         ]
         + [verdict_sentence(name, "base", by_judge[judge], f"the {judge}") for name, by_judge in results.items()],
         "judges": [
@@ -248,7 +248,7 @@ def test_the_first_screen_says_notice_then_verdict_then_table(html):
     text = Page(html).text
     order = [
         "These labels are simulated",
-        "Best of all, dpo is better than base: preferred by the simulated preference on 81\u00a0% of 74",
+        "dpo, which wins most often, is better than base: preferred by the simulated preference on 81\u00a0% of 74",
         "Win rate, simulated preference",
         "Gains and costs",
         "dpo is better than base: preferred on 81\u00a0% of 74 held-out prompts",
@@ -297,7 +297,7 @@ def test_a_missing_figure_is_a_dash_that_says_why_and_an_empty_column_is_left_ou
     page = render_html(report)
     assert 'title="Not every answer has a score by simulated preference."' in page
     assert 'title="Not judged by people."' in page
-    assert "nats per answer, ± standard error" not in page and "BLEU" not in page
+    assert "nats per answer" not in page and "BLEU" not in page
     assert page.count('<svg role="img"') == 3  # win rate, length, and the base's perplexity are left
 
 
