@@ -74,7 +74,7 @@ class Assigner:
 
     def next(self, annotator: str) -> Lease | None:
         """The item the annotator holds, or one lent now; None: there is none left for them."""
-        with self.store.database.write() as connection:
+        with self.store.database.write_with_others() as connection:
             now = self.store.now()
             self._expire(connection, now)
             return self._next(connection, annotator, now)
@@ -103,7 +103,7 @@ class Assigner:
         What they hold meanwhile goes back to the others. Up to 20 labels can be taken back in a row; what was said
         stays among the events.
         """
-        with self.store.database.write() as connection:
+        with self.store.database.write_with_others() as connection:
             now = self.store.now()
             self._expire(connection, now)
             if (known := event_of_key(connection, self.project, key)) is not None:
@@ -141,7 +141,7 @@ class Assigner:
         Raises:
             Refused: it is not the annotator's, or is over.
         """
-        with self.store.database.write() as connection:
+        with self.store.database.write_with_others() as connection:
             now = self.store.now()
             self._expire(connection, now)
             row = self._lease_row(connection, annotator, token)
@@ -153,7 +153,7 @@ class Assigner:
 
     def release(self, annotator: str) -> None:
         """Give back what the annotator holds, as they leave."""
-        with self.store.database.write() as connection:
+        with self.store.database.write_with_others() as connection:
             self._give_up(connection, annotator)
 
     def progress(self, annotator: str) -> Progress:
@@ -167,7 +167,7 @@ class Assigner:
     def _answer(
         self, annotator: str, token: str, kind: str, key: str, said: Mapping[str, Any]
     ) -> tuple[Event, Lease | None]:
-        with self.store.database.write() as connection:
+        with self.store.database.write_with_others() as connection:
             now = self.store.now()
             self._expire(connection, now)
             row = self._lease_row(connection, annotator, token)

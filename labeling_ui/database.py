@@ -2,7 +2,7 @@
 
 Durability: what a transaction wrote is on the disk when it ends (SQLite: write-ahead log with synchronous=FULL). One
 writer at a time, for writers that wait on the database's own locks starve each other: within a process a lock, between
-processes BEGIN IMMEDIATE or an advisory lock. Readers never wait.
+processes BEGIN IMMEDIATE or an advisory lock. Readers never wait. Where many wait to write, one commit serves several.
 """
 
 from __future__ import annotations
@@ -27,6 +27,20 @@ APPLICATION_ID = 0x414C424C
 WRITER_LOCK = 0x414C424C
 
 
+# So many writers share a commit at most: the first of them waits for the last.
+LARGEST_GROUP = 8
+
+
+class _Group:
+    """A transaction that several writers share, and whether it is on the disk."""
+
+    def __init__(self, connection: sa.Connection, transaction: sa.Transaction) -> None:
+        self.connection, self.transaction = connection, transaction
+        self.members = 0
+        self.over = threading.Event()
+        self.error: BaseException | None = None
+
+
 class Database:
     """A label database; it is made where there is none. Safe to share between threads.
 
@@ -43,6 +57,8 @@ class Database:
     def __init__(self, where: str | Path, *, busy_seconds: float = 30.0) -> None:
         self.busy_seconds = busy_seconds
         self._writer = threading.Lock()
+        self._group: _Group | None = None  # open between two writers, guarded by _writer
+        self._joining, self._counting = 0, threading.Lock()
         self.engine = self._connect(str(where))
         self.dialect = self.engine.dialect.name
         try:
@@ -102,13 +118,82 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
         """A transaction that holds the write lock from its first statement, and so never has to be tried again."""
-        with self._writer, self._explained(), self.engine.begin() as connection:
-            if self.dialect == "sqlite":
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-            else:
-                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{int(self.busy_seconds * 1000)}ms'")
-                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
-            yield connection
+        with self._writer, self._explained():
+            if self._group:
+                self._finish(self._group)
+            with self.engine.begin() as connection:
+                self._lock(connection)
+                yield connection
+
+    @contextmanager
+    def write_with_others(self) -> Iterator[sa.Connection]:
+        """A short transaction that shares its commit with those that wait to write: one wait for the disk for all.
+
+        Each writer works in a savepoint of its own, after the one before, and what it raises undoes its own part only.
+        The block is left when all of it is on the disk; where that fails, it fails for every one of them, and nothing
+        of theirs is stored.
+        """
+        with self._explained():
+            with self._counting:
+                self._joining += 1
+            try:
+                self._writer.acquire()
+            finally:
+                with self._counting:
+                    self._joining -= 1
+            try:
+                group = self._group or self._open()
+                try:
+                    with _savepoint(group.connection):
+                        yield group.connection
+                except _Broken as broken:
+                    group.error = broken.__cause__
+                finally:
+                    group.members += 1
+                    if group.error or not self._joining or group.members >= LARGEST_GROUP:
+                        self._finish(group)
+            finally:
+                self._writer.release()
+            # Whoever was waiting ends the group; should that one have been interrupted, we do.
+            while not group.over.wait(1.0):
+                with self._writer:
+                    if self._group is group:
+                        self._finish(group)
+            if group.error:
+                raise group.error
+
+    def _lock(self, connection: sa.Connection) -> None:
+        """Begin to write, as the only one."""
+        if self.dialect == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        else:
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{int(self.busy_seconds * 1000)}ms'")
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+
+    def _open(self) -> _Group:
+        connection = self.engine.connect()
+        try:
+            group = _Group(connection, connection.begin())
+            self._lock(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._group = group
+        return group
+
+    def _finish(self, group: _Group) -> None:
+        """Commit a group, or undo it where it is broken, and let its writers go; what fails is theirs to raise."""
+        self._group = None
+        try:
+            if not group.error:
+                group.transaction.commit()
+        except BaseException as error:
+            group.error = error
+        finally:
+            if group.error:
+                group.connection.invalidate()  # closed for good: whatever is left of the transaction goes with it
+            group.connection.close()
+            group.over.set()
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -224,6 +309,37 @@ POSTGRES_ADVICE = {
     "25": "is read-only: give an address that can be written",
     "42501": "does not let this user write: grant it the schema",
 }
+
+
+class _Broken(Exception):
+    """The connection of a group cannot go on, for any of its writers; the cause says why."""
+
+
+@contextmanager
+def _savepoint(connection: sa.Connection) -> Iterator[None]:
+    """A part of a transaction that is undone by itself where the block raises.
+
+    Raises:
+        _Broken: it could be neither kept nor undone.
+    """
+    try:
+        connection.exec_driver_sql("SAVEPOINT writer")
+    except DBAPIError as error:
+        raise _Broken from error
+    try:
+        yield
+    except BaseException as error:
+        try:
+            connection.exec_driver_sql("ROLLBACK TO SAVEPOINT writer")
+            connection.exec_driver_sql("RELEASE SAVEPOINT writer")
+        except DBAPIError as failed:
+            # A full disk ends the whole transaction, and the savepoint is gone: then the first error says why.
+            raise _Broken from (error if isinstance(error, DBAPIError) else failed)
+        raise
+    try:
+        connection.exec_driver_sql("RELEASE SAVEPOINT writer")
+    except DBAPIError as error:
+        raise _Broken from error
 
 
 def _set_pragmas(connection: sqlite3.Connection, _: object) -> None:

@@ -110,7 +110,7 @@ def _tokenizer(config: Config, place: str) -> Any:
 def _answers_in(path: Path) -> dict[str, str]:
     """Answers by prompt id of a file of demonstrations, in any format the sft stage reads, or of an answers.jsonl."""
     # The share only decides sides, which do not matter here.
-    loaded = load_demonstrations(path, test_share=0.5)
+    loaded = load_demonstrations(path, test_share=0.5, keep_empty=True)
     return {prompt_id(record["prompt"]): answer_text(record["completion"]) for record in loaded.records}
 
 

@@ -55,7 +55,9 @@ class Loaded:
         return kept + ("; left out: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items()) if reasons else "")
 
 
-def load_demonstrations(path: str | Path, test_share: float, max_rows: int | None = None) -> Loaded:
+def load_demonstrations(
+    path: str | Path, test_share: float, max_rows: int | None = None, keep_empty: bool = False
+) -> Loaded:
     """Demonstrations `{prompt, completion, split}` from any of
 
     {messages} | {prompt, completion} | {instruction, input?, output} | any preference format, whose chosen answer is
@@ -88,7 +90,7 @@ def load_demonstrations(path: str | Path, test_share: float, max_rows: int | Non
     loaded = Loaded(str(path), name, [])
     for number, row in rows:
         record = {**row, **convert(row, f"{path}, line {number}")}
-        if not answer_text(record["completion"]).strip():
+        if not keep_empty and not answer_text(record["completion"]).strip():
             loaded.drop(row, "with an empty answer")
         else:
             loaded.records.append(record)

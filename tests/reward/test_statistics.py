@@ -83,6 +83,22 @@ def test_clustered_bootstrap_covers():
     assert 0.91 <= hits / 400 <= 0.98
 
 
+@pytest.mark.parametrize(("share", "n"), [(0.6, 200), (0.5, 400), (0.8, 300)])
+def test_the_exact_interval_covers(share, n):
+    """1,000 runs: never less than it says, and hardly more where n is not small."""
+    drawn, counts = np.unique(np.random.default_rng(6).binomial(n, share, 1000), return_counts=True)
+    intervals = [accuracy_interval(int(right), n) for right in drawn]
+    hits = sum(count for got, count in zip(intervals, counts, strict=True) if got.low <= share <= got.high)
+    assert 930 <= hits <= 970
+
+
+def test_the_bootstrap_covers():
+    rng = np.random.default_rng(7)
+    intervals = [mean_with_interval(rng.exponential(size=120), seed=run, resamples=800) for run in range(1000)]
+    hits = sum(got.low <= 1 <= got.high for got in intervals)
+    assert 930 <= hits <= 970
+
+
 def test_same_seed_same_interval_and_blocks_do_not_show(monkeypatch):
     values = np.random.default_rng(5).normal(size=30)
     assert mean_with_interval(values, seed=1) == mean_with_interval(values, seed=1)

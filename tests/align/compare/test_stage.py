@@ -134,6 +134,19 @@ def test_a_file_of_answers(tiny_model: Path, prompts: Path, here: Path, tmp_path
     assert [row["reason"] for row in dropped] == [f"without an answer in {answers}"] * 2
 
 
+def test_empty_answers_are_counted_and_said(tiny_model: Path, prompts: Path, here: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": row["prompt"], "completion": ""} for row in read_jsonl(prompts)]
+    rows[0]["completion"] = "Salt keeps food."
+    some = write_jsonl(tmp_path / "some.jsonl", rows)
+    none = write_jsonl(tmp_path / "none.jsonl", [{**row, "completion": " "} for row in rows])
+    report = compare(str(some), str(none), f"data.prompts={prompts}", "compare.judges=[wordy_rewards:longest]")
+    assert "11 of 12 answers of some are empty." in report["notices"]
+    assert "Every answer of none is empty." in report["notices"]
+    assert [model["text"]["empty"]["rate"] for model in report["models"]] == [11 / 12, 1.0]
+    win = report["models"][1]["win_rate"]["held-out check longest"]
+    assert (win["ties"], win["losses"]) == (11, 1) and report["reference"] is None
+
+
 def test_another_tokenizer_and_another_template(tiny_model: Path, prompts: Path, here: Path, tmp_path: Path) -> None:
     other = tmp_path / "wide"
     shutil.copytree(tiny_model, other)
