@@ -255,6 +255,23 @@ def ppo_course(folder: Path) -> PpoCourse:
     }
 
 
+def notices_of_pipeline(config: Config, has_ppo: bool) -> list[str]:
+    """What the pipeline's own stages say that a reader must know."""
+    said = []
+    if config.label.source == "simulated" and "label" in config.stages:
+        said.append(
+            "These labels are simulated: a program with a documented taste stood in for people. The figures show that "
+            "the pipeline works, not that people prefer a model."
+        )
+    if has_ppo:
+        said += _summary(config, "ppo").get("reward_trust", [])
+    if "reward" in judge_names(config) and not _summary(config, "reward").get("trusted", True):
+        said.append(
+            "The reward model, a judge here, failed its own trust report: what it prefers says little about the models."
+        )
+    return said
+
+
 def notices(
     config: Config,
     found: Sequence[Contestant],
@@ -263,24 +280,12 @@ def notices(
     judgements: Mapping[str, Judgement],
 ) -> list[str]:
     """What a reader must know before believing a figure."""
-    said = []
-    if config.label.source == "simulated" and "label" in config.stages:
-        said.append(
-            "These labels are simulated: a program with a documented taste stood in for people. The figures show that "
-            "the pipeline works, not that people prefer a model."
-        )
+    said = notices_of_pipeline(config, any(one.place == "ppo" for one in found))
     count = len(seen.prompts)
     if count < verdict.FEW_PROMPTS:
         said.append(
             f"There are only {count} prompts: nothing but a huge difference could be seen. Compare on at least "
             f"{verdict.FEW_PROMPTS}, better 200."
-        )
-    if any(one.place == "ppo" for one in found):
-        said += _summary(config, "ppo").get("reward_trust", [])
-    named = judge_names(config)
-    if "reward" in named and not _summary(config, "reward").get("trusted", True):
-        said.append(
-            "The reward model, a judge here, failed its own trust report: what it prefers says little about the models."
         )
     if not any(judge.independent for judge in judges):
         said.append(

@@ -196,11 +196,11 @@ def _with_error(model: ModelFigures, key: Literal["kl", "kl_per_token"]) -> Cell
     figure = model[key]
     if figure is None:
         return Cell(MISSING, note="Not defined for this model, or its answers were not sampled at temperature 1.")
-    error = figure["standard_error"]
-    text = number(figure["mean"])
+    error, places = figure["standard_error"], 3 if key == "kl_per_token" else decimals(figure["mean"])
+    text = number(figure["mean"], places)
     if error is None:
         return Cell(text, note="One prompt only: its error is unknown.")
-    return Cell(f"{text} ± {number(error, decimals(figure['mean']))}", note=f"Mean over {figure['n']} answers")
+    return Cell(f"{text} ± {number(error, places)}", note=f"Mean over {figure['n']} answers")
 
 
 def _finished(model: ModelFigures) -> Cell:

@@ -118,10 +118,13 @@ def test_ignoring_it_is_said_ever_after(trained: dict[str, Config], tmp_path: Pa
     (said,) = read_info(config.folder("ppo"))["summary"]["reward_trust"]
     assert "which reward.trust: ignore let pass: " in said and "accuracy 0." in said
 
-    from align.compare.stage import notices
+    from align.compare.stage import notices_of_pipeline
 
-    assert said in notices(careless, ["reward"])
-    assert any("failed its own trust report" in notice for notice in notices(careless, ["reward"]))
+    told = notices_of_pipeline(
+        careless.model_copy(update={"compare": careless.compare.model_copy(update={"judges": ["reward"]})}), True
+    )
+    assert said in told
+    assert any("failed its own trust report" in notice for notice in told)
 
 
 def test_a_forced_run_that_is_refused_loses_no_finished_policy(trained: dict[str, Config]) -> None:

@@ -81,7 +81,7 @@ def show(chromium: Any, pages: dict[str, Path]) -> Iterator[Callable[..., Any]]:
 
 def shown(page: Any) -> list[str]:
     """The prompts that are not filtered out."""
-    return [text.strip() for text in page.locator(".example:not([hidden]) > summary").all_inner_texts()]
+    return [text.strip() for text in page.locator(".example:not([hidden]) > summary > :first-child").all_inner_texts()]
 
 
 def test_search_finds_words_of_prompts_and_answers(show: Any) -> None:
