@@ -305,7 +305,10 @@ def _shipping(
     """The sentence on what to ship."""
     ship, best = _choice(judge_CP, kl_C, seed)
     if not ship:
-        return f"Ship {names[0]}, the policy before the training: no checkpoint is settled to be better by {judge}."
+        return (
+            f"Ship {names[0]}, the policy before the training: with all checkpoints compared at once, none is "
+            f"settled to be better by {judge}."
+        )
     gain = simultaneous(judge_CP[1:] - judge_CP[0], seed)[ship - 1]
     told = f"Ship {names[ship]}: by {judge} it is better than {names[0]} ({_with_range(gain)})"
     if best == ship:

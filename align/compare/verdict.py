@@ -183,7 +183,7 @@ def headline(
     judged = [model for model in figures if judge in model.get("win_rate", {})]
     if not judged:
         return f"No verdict: the {judge} judged none of the models."
-    best = max(judged, key=lambda model: (model["win_rate"][judge]["low"], model["win_rate"][judge]["rate"]))
+    best = max(judged, key=lambda model: _place(model, judge))
     win = best["win_rate"][judge]
     settled = statistics.standing(win["low"], win["high"])
     many = sum(len(model.get("win_rate", {})) for model in figures)
@@ -214,6 +214,12 @@ def headline(
         rate = f"{percent(at_length.mean)}, {percent_range(at_length.low, at_length.high)}"
         price += f"{'; at' if price else 'At'} equal length nothing is settled ({rate}), so length may explain the gain"
     return f"{said} {price}." if price else said
+
+
+def _place(model: ModelFigures, judge: str) -> tuple[float, float, float]:
+    """What the best model has most of; where two win as often, their strength against each other decides."""
+    win = model["win_rate"][judge]
+    return win["low"], win["rate"], model["ability"]["strength"] if "ability" in model else 0.0
 
 
 def _costs(best: ModelFigures, first: ModelFigures) -> list[str]:

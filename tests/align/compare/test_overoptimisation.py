@@ -285,7 +285,8 @@ def test_other_runs_are_told_apart() -> None:
     assert "and not settled to be worse than the best, update 12, at 5.0 nats instead of 9.0." in unsettled[1]
     nothing = told([HACKED[0], [0.0, 0.01, -0.01, 0.0, 0.01]])
     assert nothing[1] == (
-        "Ship sft, the policy before the training: no checkpoint is settled to be better by the held-out judge."
+        "Ship sft, the policy before the training: with all checkpoints compared at once, none is settled to be better "
+        "by the held-out judge."
     )
 
 
