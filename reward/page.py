@@ -1,7 +1,7 @@
 """What our report pages share: one style sheet, one template environment, plots that take the page's colours.
 
-A page is one self-contained file without scripts or outside requests. Strangers and models write its texts: all of
-them pass through Jinja's autoescaping or are drawn, and so escaped, by matplotlib.
+A page is one self-contained file without outside requests, and without scripts but the report's filter. Strangers and
+models write its texts: all of them pass through Jinja's autoescaping or are drawn, and so escaped, by matplotlib.
 """
 
 from __future__ import annotations
