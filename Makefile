@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two processes of two threads each on two cores spend their time waiting for each other.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help quickstart setup test test-quickstart test-polite bench bench-reward soak clean
+.PHONY: help quickstart setup test test-quickstart test-polite test-distributed bench bench-reward soak clean
 
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
@@ -15,7 +15,7 @@ help:
 quickstart: $(VENV)/.runtime
 	$(BIN)/align run configs/quickstart.yaml
 
-## make test              lint, types and fast tests, with coverage (about 20 min on 2 cores)
+## make test              lint, types and fast tests, with coverage (about 25 min on 2 cores)
 # One thread a worker, and the tests that start processes of their own by themselves at the end.
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -32,6 +32,10 @@ test-quickstart: $(VENV)/.dev
 ## make test-polite       configs/polite.yaml on its data, where that is at hand (about 20 min)
 test-polite: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow -s tests/pipeline -k polite
+
+## make test-distributed  real launchers, plain and ZeRO-2 and ZeRO-3: equal runs, kills, failures (about an hour on 2 cores)
+test-distributed: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/distributed
 
 ## make bench             every benchmark, alternating with its peer; writes benchmarks/RESULTS.md (about an hour)
 # DATA holds JSONL files of preference pairs: `make bench DATA=path/to/folder`. Without it, those are left out.

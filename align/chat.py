@@ -9,6 +9,7 @@ NAME-chat-dialogues, from which no model should be trained as if they were.
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import hashlib
 import logging
@@ -20,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from align import progress
-from align.speakers import TEST_SHARE, Answer, Place, Speaker, Stopped, answer, find_places, load_speakers
+from align.policies import TEST_SHARE, Place
+from align.speakers import Answer, Speaker, Stopped, answer, find_places, load_speakers
 from labeling_ui.address import Address
 from labeling_ui.assignment import Refused
 from labeling_ui.checks import LONGEST_TEXT, checked_seconds, is_storable
@@ -272,7 +274,7 @@ class Conversations:
                     room,
                     self.sampling.temperature,
                     seed,
-                    heard=lambda so_far, place=place: told(place, so_far),  # type: ignore[misc]
+                    heard=functools.partial(told, place),
                     stopped=lambda: stopped() or self._closed.is_set(),
                 )
             except Stopped:

@@ -1,6 +1,7 @@
 """The command line: a table of contents.
 
-Exit codes: 0 done; 2 the user's input is wrong (one clear sentence on stderr, no traceback); 1 our fault.
+Exit codes: 0 done; 2 the user's input is wrong (one clear sentence on stderr, no traceback); 130 Ctrl-C; 143 SIGTERM;
+1 our fault.
 Imports are late on purpose: `align --help` must not pay for torch.
 """
 
@@ -8,9 +9,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+from align.data.cli import app as data_app
+
+if TYPE_CHECKING:
+    from align.config import Config
 
 app = typer.Typer(
     help="From demonstrations to a verdict: sft, sample, label, reward, dpo, ppo, compare.",
@@ -20,11 +26,15 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(data_app, name="data")
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the pipeline.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as dpo.beta=0.2.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Redo a stage whose folder was made from other inputs.")]
+
+_GOES_ON = "the same command goes on from the last checkpoint."
 
 
 @app.command()
@@ -33,7 +43,7 @@ def run(
     overrides: Overrides = None,
     force: Force = False,
     accelerate: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Start training stages under accelerate launch.")
+        Path | None, typer.Option(metavar="FILE", help="Start all stages but label under accelerate launch.")
     ] = None,
 ) -> None:
     """Run all stages in order, skipping what is done."""
@@ -174,6 +184,26 @@ def chat(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(metavar="N", help="GPUs; without it, this machine's CPU.")] = 0,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Which GPU, such as a100, h100, l4.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Of each GPU: 80GB, 24GiB.")] = None,
+    tflops: Annotated[float | None, typer.Option(metavar="X", help="TFLOP/s that a step reaches, if known.")] = None,
+) -> None:
+    """Say what every stage will take, before anything is loaded: memory, time, batch sizes, launcher."""
+    from align.config_file import load_config
+    from align.plan import planning, report
+    from align.training import calm_libraries
+
+    machine = planning.machine_of(gpus, gpu, gpu_memory, tflops)
+    with calm_libraries():
+        planned = planning.plan(load_config(config, overrides or []), machine)
+    typer.echo(report.as_text(planned))
+
+
+@app.command()
 def lineage(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Print the chain from a model back to its labels and data, with digests."""
     from align import lineage
@@ -195,42 +225,63 @@ def _stage(name: str, config: Path, overrides: list[str] | None, force: bool) ->
     from align import pipeline, ranks
     from align.config_file import load_config
 
+    def load() -> Config:
+        loaded = load_config(config, overrides or [])
+        ranks.start(pipeline.patience(loaded, name))
+        return loaded
+
     try:
-        pipeline.run_stage(load_config(config, overrides or []), name, force=force)
+        pipeline.run_stage(ranks.together(load), name, force=force)
+    except BaseException:
+        ranks.speaks()  # settled before the others notice that this one leaves
+        raise
     finally:
         ranks.leave()
 
 
 def main() -> None:
     """The `align` command: run it and turn what went wrong into an exit code."""
+    from align import ranks, stopping
     from reward.records import InputError
 
+    stopping.listen()
     try:
         code = app(standalone_mode=False)
-        if code == 130:  # typer turns Ctrl-C into a returned exit code
-            _complain("stopped; the same command goes on from the last checkpoint.")
-        if code:
-            sys.exit(code)
-        return
     except InputError as error:
-        _complain(str(error))
+        _end(2, str(error))
+    except stopping.Terminated:
+        if ranks.speaks() and (missing := ranks.said_of_missing()):  # then it was the launcher that ended the others
+            _end(1, f"{missing}; {_GOES_ON}")
+        _end(stopping.EXIT_CODE, f"stopped by SIGTERM; {_GOES_ON}")
     except Exception as error:
         from align.runs import is_disk_full
 
         if is_disk_full(error):
-            _complain("the disk is full: make room and run the same command again; it goes on where it stopped.")
+            _end(2, "the disk is full: make room and run the same command again; it goes on where it stopped.")
+        elif ranks.lost_another(error):
+            said = ranks.said_of_missing() or "another process of this launch has ended or does not answer"
+            _end(1, f"{said}; {_GOES_ON}")
         elif hasattr(error, "format_message"):  # click's own: a missing argument, an unknown option
             if not sys.argv[1:]:
                 print(error.format_message(), file=sys.stderr)  # `align` alone: the table of contents
-            else:
-                _complain(f"{error.format_message().rstrip('.')}. See `align --help`.")
-        else:
-            raise
-    sys.exit(2)
+                sys.exit(2)
+            said = " ".join(error.format_message().split())  # click lists choices on lines of their own
+            _end(2, f"{said.rstrip('.')}. See `align --help`.")
+        raise
+    if code == 130:  # typer turns Ctrl-C into a returned exit code
+        _end(130, f"stopped; {_GOES_ON}")
+    if code:
+        sys.exit(code)
 
 
-def _complain(sentence: str) -> None:
+def _end(code: int, sentence: str) -> NoReturn:
+    """Say why, once over all processes of a launch, and end."""
     import os
 
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"align: {sentence}", file=sys.stderr)
+    from align import ranks
+
+    if ranks.speaks():
+        print(f"align: {sentence}", file=sys.stderr, flush=True)
+        if "ALIGN_EXIT_CODE" in os.environ:  # `align run --accelerate` reads it: the launcher's own code is mostly 1
+            Path(os.environ["ALIGN_EXIT_CODE"]).write_text(str(code))
+    sys.exit(code)

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from align.config_fields import LibrarySection, check_extras, config_fields
+from align.config_fields import KeyProblem, LibrarySection, check_extras, config_fields
 from reward.records import InputError
 
 StageName = Literal["sft", "sample", "label", "reward", "dpo", "ppo", "compare"]
@@ -168,6 +168,38 @@ class EpochSection(TrainerSection):
         return value
 
 
+class QuantizationSection(Section):
+    """The base in 4 or 8 bits, by bitsandbytes; the names are those of `transformers.BitsAndBytesConfig`."""
+
+    load_in_4bit: bool = Field(False, description="Hold the base's linear layers in 4 bits (QLoRA).")
+    load_in_8bit: bool = Field(False, description="Hold them in 8 bits (LLM.int8).")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="The 16 values that 4 bits stand for.")
+    bnb_4bit_use_double_quant: bool = Field(
+        True, description="Quantise the blocks' own constants too: 4.13 bits a weight instead of 4.5."
+    )
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type in which 4-bit weights are multiplied; auto: that of model.dtype."
+    )
+    llm_int8_threshold: float = Field(
+        6.0, ge=0, description="With 8 bits on a GPU, inputs above this are multiplied in 16 bits; 0: none."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise KeyProblem("load_in_8bit", "load_in_4bit and load_in_8bit are both true: set one of them")
+        if not self.load_in_4bit and not self.load_in_8bit:
+            raise KeyProblem(
+                "load_in_4bit",
+                "neither load_in_4bit nor load_in_8bit is true: set one of them, or leave `quantization` out",
+            )
+        idle, used = ("bnb_4bit_", "load_in_8bit") if self.load_in_8bit else ("llm_int8_", "load_in_4bit")
+        for key, field in type(self).model_fields.items():
+            if key.startswith(idle) and getattr(self, key) != field.default:
+                raise KeyProblem(key, f"`{key}` has no effect with {used}: leave it out")
+        return self
+
+
 class ModelSection(Section):
     base: PathOrName = Field(
         "smollm2-135m",
@@ -176,6 +208,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Storage and compute type of the base; auto: bfloat16 where the hardware has it, else float32.",
+    )
+    quantization: QuantizationSection | None = Field(
+        None, description="The base in 4 or 8 bits, by bitsandbytes; null: as `dtype` says."
     )
     attn_implementation: str | None = Field(None, description="As in transformers' from_pretrained, e.g. sdpa, eager.")
     chat_template: FilePath | None = Field(
@@ -570,6 +605,20 @@ class Config(Section):
         if len(set(stages)) < len(stages):
             raise ValueError(f"is {stages}, where a stage is named twice; name each of them once")
         return [stage for stage in STAGES if stage in stages]
+
+    @model_validator(mode="after")
+    def _adapters_on_what_is_quantised(self) -> Self:
+        """Quantised weights have no gradient. A reward model on another base is never quantised."""
+        for stage in self.stages:
+            section = self.section(stage)
+            whole = isinstance(section, TrainerSection) and section.adapter is None
+            if whole and self.model.quantization is not None and not (stage == "reward" and self.reward.base):
+                raise KeyProblem(
+                    f"{stage}.adapter",
+                    f"`{stage}.adapter` is null, which trains every weight, but the weights under model.quantization "
+                    f"cannot be trained: leave {stage}.adapter out, or model.quantization",
+                )
+        return self
 
     def compared_models(self) -> list[str]:
         """The models that compare looks at, the one to beat first.

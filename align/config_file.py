@@ -230,6 +230,8 @@ def _sentence(errors: list[Any], path: Path, lines: _Lines) -> str:
         )
     if error["type"] == "value_error":
         problem = error["ctx"]["error"]
+        if isinstance(problem, KeyProblem) and not location:  # between sections: the key is a path of its own
+            return f"{lines.of(tuple(problem.key.split('.')), where)}: {problem}."
         if isinstance(problem, KeyProblem):
             where = lines.of((*location, problem.key), where)
             return f"{where}: in `{name}`, {problem}{'' if str(problem).endswith('?') else '.'}"

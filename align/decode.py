@@ -49,6 +49,7 @@ def draw(
     top_k: int = 0,
     uniform_BT: Tensor | None = None,
     observe: Callable[[Tensor, Tensor], Tensor] | None = None,
+    on_token: Callable[[Sequence[Drawn]], object] = lambda answers: None,
 ) -> list[Drawn]:
     """One answer to each tokenised prompt, in the order given.
 
@@ -60,6 +61,7 @@ def draw(
             torch's own generator (seed it before) makes them, all at the start.
         observe: called with the last hidden states BH and the log-probabilities BV from which a token is drawn; what it
             returns, a few figures a row, is kept with the answers.
+        on_token: called with the answers so far after every token; what it raises ends the sampling.
 
     Raises:
         ValueError: a prompt is empty, the logits are not numbers, or the model is none that can be drawn from here.
@@ -107,6 +109,7 @@ def draw(
                 answers[row].ids.append(token)
                 answers[row].logprobs.append(logprob)
                 answers[row].finished = stops
+            on_token(answers)
             if bool(stops_B.all()) or t + 1 == max_new_tokens:
                 break
             if bool(stops_B.any()):

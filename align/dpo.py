@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from align import models, progress, ranks, training
+from align.batches import whole_steps
 from align.compare.statistics import accuracy_interval
 from align.config import Config
 from align.heads import lean_head
@@ -46,6 +47,7 @@ def run_dpo(config: Config, run: Run) -> dict[str, Any]:
     training.make_lean(section, run, *filter(None, [trainer.model, reference]))
     if section.precompute_ref_log_probs and not (trainer.ld_alpha or trainer.args.sync_ref_model):
         precompute_reference(trainer, reference or trainer.model, tokenizer.pad_token_id)
+    whole_steps(trainer)
     closing = training.train(trainer, run)
     target = run.folder / "model"
     trainer.save_model(str(target))
@@ -85,6 +87,7 @@ def precompute_reference(trainer: Any, model: Any, pad_id: int) -> None:
     trainer.ref_model = None
 
 
+@ranks.loading_whole()
 def implicit_margins(config: Config, folder: str, rows: list[Record], pad_id: int, beta: float) -> list[float]:
     """DPO's implicit reward of chosen minus that of rejected, for every pair:
 

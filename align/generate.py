@@ -1,18 +1,21 @@
-"""Sampling answers to many prompts, in batches of similar length, reproducibly and resumably."""
+"""Sampling answers to many prompts, in batches of similar length, on any number of processes, again and again alike."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from align import progress, ranks
 from align.config import GenerationSection
 from align.decode import draw, stop_ids
+from align.training import release
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +36,45 @@ def batches(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def sample_together(
+    load: Callable[[], Any],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    section: GenerationSection,
+    seed: str,
+    folder: Path,
+    what: str,
+) -> list[Answer]:
+    """One answer to every prompt, in their order, on every process; all processes must come here.
+
+    They share the batches out among them. What was sampled before a kill is read back from `folder`, whatever the
+    number of processes was then. Nobody's answers depend on who sampled them.
+
+    Args:
+        load: makes the model; not called where there is nothing left to sample.
+        folder: where batches are kept until the stage is done; all processes must see it.
+        what: the progress bar's name.
+    """
+    done = Partial(folder).batches
+    left = [number for number in range(len(batches(prompts, section.batch_size))) if number not in done]
+    mine = left[ranks.rank() :: ranks.world_size()]
+    ranks.wait()  # nobody adds to the folder while another still looks at what is missing
+    if mine:
+        partial = Partial(folder)
+        with ranks.loading_whole():
+            model = load()
+        with progress.bar(what, len(mine)) as report:
+            sampled = generate(model, tokenizer, prompts, section, seed, mine)
+            for count, (number, (indices, answers)) in enumerate(zip(mine, sampled, strict=True), start=1):
+                partial.add(number, [[i, a.ids, a.text, a.finished] for i, a in zip(indices, answers, strict=True)])
+                report(count)
+        del model
+        release()
+    ranks.wait()
+    rows = sorted((row for rows in Partial(folder).batches.values() for row in rows), key=lambda row: row[0])
+    return [Answer(ids, text, finished) for _, ids, text, finished in rows]
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -40,17 +82,18 @@ def generate(
     prompts: Sequence[list[int]],
     section: GenerationSection,
     seed: str,
-    skip: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], list[Answer]]]:
-    """(indices, answers) batch by batch, leaving out the first `skip` batches.
+    """(indices, answers) batch by batch; with `numbers`, of these batches only.
 
-    Every batch is seeded by (seed, number of the batch), so a resumed run gives the answers the first one would have.
+    Every batch is seeded by (seed, number of the batch), so it has the same answers whatever was sampled before it.
     """
     model.eval()
-    for number, indices in enumerate(batches(prompts, section.batch_size)):
-        if number >= skip:
-            torch.manual_seed(int(hashlib.sha256(f"{seed} {number}".encode()).hexdigest()[:15], 16))
-            yield indices, generate_batch(model, tokenizer, [prompts[i] for i in indices], section)
+    every = batches(prompts, section.batch_size)
+    for number in range(len(every)) if numbers is None else numbers:
+        torch.manual_seed(int(hashlib.sha256(f"{seed} {number}".encode()).hexdigest()[:15], 16))
+        indices = every[number]
+        yield indices, generate_batch(model, tokenizer, [prompts[i] for i in indices], section)
 
 
 def generate_batch(
@@ -74,16 +117,19 @@ def generate_batch(
 
 
 class Partial:
-    """Batches written so far, one a line; a line that a kill cut short is not counted."""
+    """Batches written so far, by their numbers. Each process writes those it adds to a file of its own in `folder`; a
+    line that a kill cut short is not counted."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.batches = path, []
-        if path.exists():
-            whole = [line for line in path.read_text("utf-8").split("\n")[:-1] if line]
-            self.batches = [json.loads(line) for line in whole]
-            path.write_text("".join(line + "\n" for line in whole), "utf-8")
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.batches = folder / f"{ranks.rank()}.jsonl", dict[int, list[Any]]()
+        for path in folder.glob("*.jsonl"):
+            for line in path.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError):
+                    number, rows = json.loads(line)
+                    self.batches[number] = rows
 
-    def add(self, batch: list[Any]) -> None:
+    def add(self, number: int, rows: list[Any]) -> None:
         with self.path.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(batch, ensure_ascii=False) + "\n")
-        self.batches.append(batch)
+            out.write("\n" + json.dumps([number, rows], ensure_ascii=False))  # what was cut short ends here
+        self.batches[number] = rows

@@ -34,6 +34,18 @@ def lean_layers(model: Any) -> None:
             module.forward = types.MethodType(_mlp_forward, module)
 
 
+def lean_reading(model: Any) -> None:
+    """Under a model that is only read: lean layers, no padding, and nothing computed twice that rows begin with alike.
+
+    What a model does not lend itself to is left out.
+    """
+    from align.prefix import share_prefixes
+
+    lean_layers(model)
+    share_prefixes(model)
+    model.config.get_text_config().use_cache = False  # nothing is generated, and sharing leaves no cache behind
+
+
 def _is_plain(x: Tensor) -> bool:
     return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
@@ -58,9 +70,10 @@ def _is_rms_norm(module: Any) -> bool:
 
 
 def _norm_forward(self: Any, x: Tensor) -> Tensor:
-    if not _is_plain(x) or self.weight.requires_grad or self.weight.dtype != torch.float32:
+    with_grad = torch.is_grad_enabled()
+    if not _is_plain(x) or (with_grad and self.weight.requires_grad) or self.weight.dtype != torch.float32:
         return type(self).forward(self, x)
-    if not torch.is_grad_enabled() or not x.requires_grad:
+    if not with_grad or not x.requires_grad:
         return _normed(x, self.weight, self.variance_epsilon)[0]
     return _RMSNorm.apply(x, self.weight, self.variance_epsilon)
 

@@ -52,10 +52,12 @@ def _lean_adapter(layer: Any, x: Tensor) -> str | None:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or active[0] in layer.lora_variant or layer.lora_bias[active[0]]:
         return None
-    dropout = layer.lora_dropout[active[0]]
+    base, dropout = layer.get_base_layer(), layer.lora_dropout[active[0]]
+    if base._forward_hooks:  # an adapter below this one
+        return None
     if layer.training and getattr(dropout, "p", 0) > 0:
         return None
-    weights = layer.get_base_layer().weight, layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
+    weights = base.weight, layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
     if weights[0].requires_grad or any(w.dtype != x.dtype or hasattr(w, "ds_id") for w in weights):
         return None
     return active[0]

@@ -96,7 +96,10 @@ def load_tokenizer(path: str, section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def load_causal_lm(path: str, section: ModelSection, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal language model in `dtype` (default: `data_type`), on the device this process owns."""
+    """A causal language model in `dtype` (default: `data_type`), on the device this process owns.
+
+    `path` may also be the `model` folder of an sft stage on a quantised base: the base with its adapter as one model.
+    """
     from transformers import AutoModelForCausalLM
 
     return _load(AutoModelForCausalLM, path, section, dtype)[0]
@@ -123,19 +126,38 @@ def _load(
     auto_class: Any, path: str, section: ModelSection, dtype: torch.dtype | None, **extra: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model and which of its weights were missing or of another shape in the folder."""
+    from align import quantised
+
+    below, dtype = _adapter_base(path), dtype or data_type(section)
+    quantization = (quantised.as_held(path, section) if below else section).quantization
     if section.attn_implementation:
         extra["attn_implementation"] = section.attn_implementation
+    if quantization is not None:
+        extra |= {"quantization_config": quantised.settings(quantization, dtype), "device_map": {"": device()}}
     try:
         model, info = auto_class.from_pretrained(
-            path,
-            dtype=dtype or data_type(section),
+            below or path,
+            dtype=dtype,
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
             **extra,
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the model {path}: {_first_line(error)}") from error
+        raise InputError(f"cannot load the model {below or path}: {_first_line(error)}") from error
+    if quantization is not None:
+        quantised.compute_alike(model)
+    if below:
+        model = quantised.lay_below(model, path)
     return model.to(device()), info
+
+
+def _adapter_base(place: str) -> str | None:
+    """What the adapter in a folder stands on; None for everything else."""
+    from peft import PeftConfig
+
+    if not (Path(place) / "adapter_config.json").is_file():
+        return None
+    return str(PeftConfig.from_pretrained(place).base_model_name_or_path)
 
 
 def device() -> torch.device:
@@ -229,12 +251,12 @@ def _first_line(error: BaseException) -> str:
 
 def load_policy(folder: str, section: ModelSection) -> Any:
     """A model from a stage's `model` folder: a PEFT adapter on its base, or a whole model."""
-    if not (Path(folder) / "adapter_config.json").is_file():
-        return load_causal_lm(folder, section)
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    return PeftModel.from_pretrained(load_causal_lm(str(base), section), folder)
+    from align.quantised import as_held
+
+    base, section = _adapter_base(folder), as_held(folder, section)
+    return PeftModel.from_pretrained(load_causal_lm(base, section), folder) if base else load_causal_lm(folder, section)
 
 
 def load_reward_model(place: str, section: ModelSection, dtype: torch.dtype | None = None) -> Any:
@@ -245,9 +267,11 @@ def load_reward_model(place: str, section: ModelSection, dtype: torch.dtype | No
     Raises:
         InputError: there is nothing to load, a weight would be random, or the head has not one output.
     """
+    from align.quantised import as_held
+
     try:
         load = _adapted_reward_model if _is_adapter(place) else _whole_reward_model
-        model = load(place, section, dtype)
+        model = load(place, as_held(place, section), dtype)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
@@ -331,8 +355,11 @@ def load_reward_tokenizer(place: str) -> Any:
 
 
 def merged(model: Any) -> Any:
-    """The model with its adapter folded into the weights (a model without adapter is returned as it is)."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    """The model with its adapter folded into the weights; one without adapter, and one on quantised weights, in whose
+    rounding an adapter would be lost, is returned as it is."""
+    from align.quantised import is_quantised
+
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") and not is_quantised(model) else model
 
 
 def checkpoint_bytes(path: str) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from reward.records import InputError, file_digest
 
 # Keys that change how a stage runs or reports, not what comes out: they may differ between a start and its resumption.
 NEUTRAL_KEYS = {"logging_steps", "save_steps", "save_total_limit", "report_to", "run_name", "dataloader_num_workers"}
+NEUTRAL_KEYS |= {"ddp_timeout"}
 # What decides how people are asked, not what they said: their labels are an input of the stage by themselves.
 NEUTRAL_KEYS |= {"finish", "labels", "guidelines", "lease_seconds", "gold_share", "policy", "criteria", "blind_pairs"}
 NEUTRAL_KEYS |= {"uncertain_by", "parallel", "timeout", "retries", "api_key_env"}
@@ -49,13 +51,13 @@ class Stage:
     function: "module:name" of `(config, run) -> summary`, imported only when the stage runs.
     parents: the finished stages it reads.
     files: the config keys of `data` whose files it reads.
-    trains: whether it may be started on many processes by `align run --accelerate`.
+    many: whether `align run --accelerate` starts it on many processes.
     """
 
     function: str
     parents: Callable[[Config], list[str]]
     files: Sequence[str] = ()
-    trains: bool = False
+    many: bool = False
 
 
 def _on_sft(*others: str) -> Callable[[Config], list[str]]:
@@ -88,13 +90,15 @@ def _compared(config: Config) -> list[str]:
 
 
 STAGES = {
-    "sft": Stage("align.sft:run_sft", lambda c: [], ["demonstrations"], trains=True),
-    "sample": Stage("align.sample:run_sample", _sampled, ["demonstrations", "prompts"]),
+    "sft": Stage("align.sft:run_sft", lambda c: [], ["demonstrations"], many=True),
+    "sample": Stage("align.sample:run_sample", _sampled, ["demonstrations", "prompts"], many=True),
     "label": Stage("align.label:run_label", _labelled, ["preferences"]),
-    "reward": Stage("align.reward_model:run_reward", _trained_on, trains=True),
-    "dpo": Stage("align.dpo:run_dpo", _on_sft("label"), trains=True),
-    "ppo": Stage("align.ppo.stage:run_ppo", _rewarded, ["demonstrations", "prompts", "preferences"], trains=True),
-    "compare": Stage("align.compare.stage:run_compare", _compared, ["demonstrations", "prompts", "preferences"]),
+    "reward": Stage("align.reward_model:run_reward", _trained_on, many=True),
+    "dpo": Stage("align.dpo:run_dpo", _on_sft("label"), many=True),
+    "ppo": Stage("align.ppo.stage:run_ppo", _rewarded, ["demonstrations", "prompts", "preferences"], many=True),
+    "compare": Stage(
+        "align.compare.stage:run_compare", _compared, ["demonstrations", "prompts", "preferences"], many=True
+    ),
 }
 
 
@@ -107,13 +111,19 @@ def run_stage(config: Config, name: str, *, force: bool = False) -> Run:
     stage = STAGES[name]
     # A parent is a stage of this pipeline or, among the policies to sample from, the folder of any finished run.
     parents = {p: config.folder(p) if p in STAGES else Path(p) for p in stage.parents(config)}
-    if name == "label" and config.label.source == "people" and ranks.is_first():
-        importlib.import_module("align.label").collect(config)
-    if name == "ppo" and (force or not is_done(config.folder(name))) and all(map(is_done, parents.values())):
-        # Before the folder is opened: --force would remove a finished policy for a run that is then refused.
-        importlib.import_module("align.trust").pass_gate(config, config.ppo.rewards)
-    inputs = stage_inputs(config, name)
-    ranks.start()
+
+    def prepared() -> dict[str, Any]:
+        if name == "label" and config.label.source == "people" and ranks.is_first():
+            importlib.import_module("align.label").collect(config)
+        if name == "ppo" and (force or not is_done(config.folder(name))) and all(map(is_done, parents.values())):
+            # Before the folder is opened: --force would remove a finished policy for a run that is then refused.
+            importlib.import_module("align.trust").pass_gate(config, config.ppo.rewards)
+        return stage_inputs(config, name)
+
+    ranks.start(patience(config, name))
+    inputs = ranks.together(prepared)
+    ranks.check_same("configs", dict(_flat(config.model_dump(mode="json"))))
+    ranks.check_same("data", inputs)
     with open_run(
         name,
         config.folder(name),
@@ -144,7 +154,7 @@ def run_stage(config: Config, name: str, *, force: bool = False) -> Run:
 
 
 def run_pipeline(config: Config, *, force: bool = False, accelerate: Path | None = None) -> None:
-    """All stages in order, skipping what is done; `accelerate` starts the training stages under a launcher."""
+    """All stages in order, skipping what is done; `accelerate` starts all but label under a launcher."""
     for name in config.stages:
         stage_inputs(config, name)  # a missing file of the last stage is said before the first one starts
     if accelerate and not accelerate.is_file():
@@ -152,10 +162,16 @@ def run_pipeline(config: Config, *, force: bool = False, accelerate: Path | None
             f"--accelerate {accelerate} does not exist: give a file such as configs/accelerate/zero2.yaml."
         )
     for name in config.stages:
-        if accelerate and STAGES[name].trains:
+        if accelerate and STAGES[name].many:
             _launch(config, name, force, accelerate)
         else:
             run_stage(config, name, force=force)
+
+
+def patience(config: Config, name: str) -> int:
+    """Seconds after which a stage's processes give up on one that does not come to a collective."""
+    section = config.section(name)
+    return int((section.model_extra or {}).get("ddp_timeout", ranks.PATIENCE))
 
 
 def stage_inputs(config: Config, name: str) -> dict[str, Any]:
@@ -215,20 +231,49 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _flat(value: Any, prefix: str) -> list[tuple[str, Any]]:
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if isinstance(value, dict):
-        return [pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}.{key}")]
+        return [pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}.{key}".lstrip("."))]
     return [(prefix, value)]
 
 
 def _launch(config: Config, name: str, force: bool, accelerate: Path) -> None:
     """Run one stage under `accelerate launch`, with exactly this config."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix=f"{config.name}-") as file:
-        file.write(config_yaml(config))
-        file.flush()
+    _check_port(accelerate)
+    with tempfile.TemporaryDirectory(prefix=f"{config.name}-") as folder:
+        file, ended = Path(folder) / "config.yaml", Path(folder) / "exit-code"
+        file.write_text(config_yaml(config), "utf-8")
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
-        command = [*launcher, "-m", "align", name, file.name, *(["--force"] if force else [])]
-        code = subprocess.run(command, check=False).returncode
-    if code:
-        progress.say(f"{name} ended with exit code {code} under accelerate launch; what went wrong is said above.")
-        sys.exit(code if code in (2, 130) else 1)
+        command = [*launcher, "-m", "align", name, str(file), *(["--force"] if force else [])]
+        process = subprocess.Popen(command, env={**os.environ, "ALIGN_EXIT_CODE": str(ended)})
+        try:
+            code = process.wait()
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):  # a terminal's Ctrl-C has reached the launcher too
+                process.terminate()
+            process.wait()
+            raise
+        if code:
+            code = int(ended.read_text()) if ended.exists() else 1  # the launcher's own says nothing
+            progress.say(f"{name} ended with exit code {code} under accelerate launch; what went wrong is said above.")
+            sys.exit(code)
+
+
+def _check_port(accelerate: Path) -> None:
+    """
+    Raises:
+        InputError: the port at which the launcher's processes are to meet is taken.
+    """
+    settings = yaml.safe_load(accelerate.read_text("utf-8")) or {}
+    port = int(settings.get("main_process_port") or 29500)
+    if int(settings.get("num_processes") or 1) < 2 or int(settings.get("machine_rank") or 0) > 0 or port == 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise InputError(
+                f"port {port}, at which the processes of {accelerate} are to meet, cannot be had "
+                f"({error.strerror}; another launch on this machine?): set main_process_port there to a free one."
+            ) from None

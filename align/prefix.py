@@ -343,7 +343,8 @@ def _is_plain(decoder: Any, input_ids: Tensor | None, attention_mask: Any, kwarg
         return False
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2):
         return False
-    if not (kwargs.get("use_cache") is False or decoder.training):
+    use_cache = kwargs.get("use_cache")
+    if not decoder.training and (getattr(decoder.config, "use_cache", True) if use_cache is None else use_cache):
         return False  # the caller may want the cache, which would hold the one sequence
     known = {"use_cache": (None, True, False), "return_dict": (None, True), "output_hidden_states": (None, False)}
     known["output_attentions"] = known["output_router_logits"] = (None, False)

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
-from collections.abc import Iterator
-from typing import Any, TypeVar
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+from reward.records import InputError
 
 T = TypeVar("T")
+
+PATIENCE = 1800  # seconds, as transformers has it for its ddp_timeout
+_patience = PATIENCE
+_talk: Any = None  # process groups beside the one that trains
+_step: Any = None
+_store: Any = None
+_speaks: bool | None = None
+_peers: list[tuple[str, int]] = []  # machine and process id of every process
 
 
 def world_size() -> int:
@@ -25,31 +40,52 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def start() -> None:
-    """Join the process group, so that `wait` works before any trainer exists. No-op with one process."""
-    if world_size() > 1:
-        import torch
-        from accelerate import PartialState
+def start(patience: int = PATIENCE) -> None:
+    """Join the process group, so that `wait` works before any trainer exists. No-op with one process, or once joined.
 
-        PartialState(cpu=not torch.cuda.is_available())
+    Args:
+        patience: seconds after which a collective of training that some process does not come to is given up.
+
+    Raises:
+        InputError: the launcher's file asks for FSDP, and there is no GPU.
+    """
+    global _patience, _store
+    if world_size() == 1 or _joined():
+        return
+    _patience = patience
+    import torch
+    from accelerate import PartialState
+
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+        raise InputError(
+            "FSDP wants GPUs, and there are none: accelerate would leave it out without a word. Give the launcher "
+            "configs/accelerate/cpu.yaml or zero3.yaml."
+        )
+    _end_with_launcher()
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=patience))
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _store = torch.distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=30))
 
 
 def leave() -> None:
     """Leave the process group, as every process must before it ends: its threads are running still, and a process that
     ends with them is aborted now and then."""
+    global _talk, _step
     if world_size() > 1:
         import torch
 
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        _talk = _step = None
 
 
-def wait() -> None:
-    """Return when every process has come here."""
+def wait(in_step: bool = False) -> None:
+    """Return when every process has come here, however long that takes; as a part of a training step, not longer than
+    a step's other collectives."""
     if world_size() > 1:
         import torch
 
-        torch.distributed.barrier()
+        torch.distributed.barrier(group=_stepping() if in_step else _talking())
 
 
 def share(value: T) -> T:
@@ -58,20 +94,161 @@ def share(value: T) -> T:
         import torch
 
         box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
+        torch.distributed.broadcast_object_list(box, src=0, group=_talking())
         return box[0]
     return value
 
 
-def collect(value: T) -> list[T]:
-    """Every process's value, in their order, on every process (any picklable object without tensors on a GPU)."""
+def collect(value: T, in_step: bool = False) -> list[T]:
+    """Every process's value, in their order, on every process (any picklable object without tensors on a GPU).
+
+    `in_step` as for `wait`.
+    """
     if world_size() > 1:
         import torch
 
         values: list[Any] = [None] * world_size()
-        torch.distributed.all_gather_object(values, value)
+        torch.distributed.all_gather_object(values, value, group=_stepping() if in_step else _talking())
         return values
     return [value]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is True on any process, on every process; part of a training step, and cheap enough for each."""
+    if world_size() > 1:
+        import torch
+
+        flags = torch.tensor([flag], dtype=torch.uint8)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=_stepping())
+        return bool(flags)
+    return flag
+
+
+def together(work: Callable[[], T]) -> T:
+    """What `work` gives, once it has given something on every process.
+
+    Raises:
+        InputError: on every process, if `work` is refused on any; what only some were refused names them.
+    """
+    if world_size() == 1:
+        return work()
+    try:
+        value, refused = work(), None
+    except InputError as error:
+        value, refused = None, str(error)
+    start()
+    told = [(who, sentence) for who, sentence in collect((name(), refused)) if sentence]
+    if not told:
+        return cast(T, value)
+    if len(told) == world_size() and len({sentence for _, sentence in told}) == 1:
+        raise InputError(told[0][1])
+    raise InputError(f"{told[0][0]}: {told[0][1]}")
+
+
+def check_same(what: str, values: dict[str, Any]) -> None:
+    """
+    Raises:
+        InputError: `values` differ between the first process and another; both are named with what they have.
+    """
+    others = collect((name(), values))
+    first_name, first = others[0]
+    for other_name, other in others[1:]:
+        keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+        if keys:
+            key = keys[0]
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise InputError(
+                f"the processes were started with different {what}: {key} is {_short(first.get(key))} on {first_name} "
+                f"and {_short(other.get(key))} on {other_name}{more}. Give all of them the same."
+            )
+
+
+def name() -> str:
+    """This process for people: its number and its machine."""
+    return f"process {rank()} on {socket.gethostname()}"
+
+
+def speaks() -> bool:
+    """Whether this process is to tell people why the run ends: the first that asks, so that they are told once."""
+    global _speaks
+    if _store is None:
+        return is_first()
+    if _speaks is None:
+        try:  # the launcher's own store, which outlives its processes
+            _speaks = _store.add("align/told", 1) == 1
+        except (RuntimeError, OSError):
+            _speaks = is_first()
+    return _speaks
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error is that of a collective which another process has left, or did not come to in time."""
+    if world_size() == 1:
+        return False
+    import torch
+
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def said_of_missing() -> str:
+    """Who of this machine's processes has ended, as the beginning of a sentence; empty where none is known to have."""
+    gone = []
+    for number, (host, pid) in enumerate(_peers):
+        if host == socket.gethostname() and not _lives(pid):
+            gone.append(f"process {number} on {host}")
+    return f"{' and '.join(gone)} has ended" if gone else ""
+
+
+def _lives(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _joined() -> bool:
+    import torch
+
+    return bool(torch.distributed.is_initialized())
+
+
+def _talking() -> Any:
+    """The group for everything but training, over CPUs and with all the patience there is: the others wait in it while
+    the first process judges and writes. Made when first wanted, as is the next one."""
+    global _talk, _peers
+    if _talk is None:
+        import torch
+
+        _talk = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+        _peers = collect((socket.gethostname(), os.getpid()))
+    return _talk
+
+
+def _stepping() -> Any:
+    """The group for what belongs to a step of training, with as much patience as training itself."""
+    global _step
+    if _step is None:
+        import torch
+
+        _step = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=_patience))
+    return _step
+
+
+def _end_with_launcher() -> None:
+    """Have Linux send SIGTERM when torch's launcher dies: killed, it leaves its processes to go on unseen."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        prctl_set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(prctl_set_parent_death_signal, int(signal.SIGTERM))
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text[:12] if len(text) == 64 else text[:60]
 
 
 @contextlib.contextmanager

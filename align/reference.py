@@ -19,6 +19,7 @@ import torch
 
 from align import models, progress, ranks
 from align.logprobs import Pair, answer_logprobs, base_model
+from align.quantised import is_quantised
 
 FORMAT = 1
 
@@ -70,7 +71,10 @@ def weights_digest(model: Any) -> str:
     precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "as held"
     how = [FORMAT, type(base).__name__, settings, device, precision, torch.__version__]
     digest = hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(base.named_parameters()):
+    weights = dict(base.named_parameters())
+    if is_quantised(base):
+        weights = base.state_dict()  # with the constants of quantised blocks, which are no parameters
+    for name, parameter in sorted(weights.items()):
         if ".lora_" not in name:
             digest.update(f"{name.replace('.base_layer', '')} {parameter.dtype} {tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from align import models, progress, ranks, reward_heads, training, trust
+from align.batches import whole_steps
 from align.config import Config
 from align.data.load import only
 from align.data.render import fit, preference_row
-from align.prefix import share_prefixes
+from align.lean import lean_reading
 from align.runs import Run
 from align.sample import sft_model
 from align.scorer import Scorer
@@ -39,9 +40,10 @@ def run_reward(config: Config, run: Run) -> dict[str, Any]:
         tokenizer = models.load_tokenizer(base, config.model)
         model = models.load_reward_base(base, config.model, heads=section.ensemble)
     else:
-        base = models.base_path(config.model.model_copy(update={"base": section.base}))
+        other = config.model.model_copy(update={"base": section.base, "quantization": None})
+        base = models.base_path(other)
         tokenizer = models.load_reward_tokenizer(base)
-        model = models.load_reward_base(base, config.model, heads=section.ensemble)
+        model = models.load_reward_base(base, other, heads=section.ensemble)
         scorer = Scorer(model, tokenizer, section.base, max_length=section.max_length)
         read, encoder = scorer_rows(scorer), scorer.is_encoder
     train, test, summary = preference_rows(config, run, tokenizer, section.max_length, read)
@@ -68,6 +70,7 @@ def run_reward(config: Config, run: Run) -> dict[str, Any]:
         )
     del model
     training.make_lean(section, run, trainer.model)
+    whole_steps(trainer)
     closing = training.train(trainer, run)
     target = run.folder / "model"
     trainer.save_model(str(target))
@@ -79,10 +82,11 @@ def run_reward(config: Config, run: Run) -> dict[str, Any]:
     if section.ensemble > 1:
         reward_heads.split(target)
 
-    reader = Scorer(models.load_reward_model(str(target), config.model), tokenizer, "reward")
-    if section.share_prefixes:
-        share_prefixes(reader.model)
-    told = trust.examine(config, run, reader, train, test)
+    with ranks.loading_whole():
+        reader = Scorer(models.load_reward_model(str(target), config.model), tokenizer, "reward")
+        if section.share_prefixes:
+            lean_reading(reader.model)
+        told = trust.examine(config, run, reader, train, test)
     return {
         **summary,
         **({"train_ties": len(ties)} if section.ties != "ignore" else {}),

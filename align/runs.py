@@ -70,6 +70,15 @@ class Run:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
 
+    def rewind(self, step: int) -> None:
+        """Before resuming at `step`: take out of metrics.jsonl what is about to be logged again, or was cut short."""
+        path = self.folder / "metrics.jsonl"
+        if not self.writer or not path.exists():
+            return
+        lines = [line for line in path.read_text("utf-8").split("\n")[:-1] if line]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_atomically(path, "".join(line + "\n" for line in kept))
+
     def measure(self) -> None:
         """Add the time and memory used since the last call to the record."""
         if self.watch:
@@ -77,18 +86,17 @@ class Run:
             self.info["peak_memory_gib"] = max(self.info["peak_memory_gib"], self.watch.peak_gib)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Record the summary, remove the scratch folder and write DONE, in this order."""
+        """Record the summary, write DONE and remove the scratch folder, in this order: a kill loses no checkpoint."""
         if not self.writer:
             return
         self.info |= {"status": "done", "summary": summary, "finished_at": _now()}
         self.info.pop("error", None)
         self.measure()
         write_json(self.folder / "run.json", self.info)
-        if self.work.exists():
-            shutil.rmtree(self.work)
         files = {str(path.relative_to(self.folder)): file_digest(path) for path in _outputs(self.folder)}
         write_json(self.folder / "DONE", {"digest": digest(files), "files": files})
         self.finished = True
+        shutil.rmtree(self.work, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -146,6 +154,7 @@ def open_run(
             _clear(folder, keep)
         run.finished = is_done(folder)
         if run.finished:
+            shutil.rmtree(run.work, ignore_errors=True)  # left by a kill right after DONE
             run.info = previous or {}
             yield run
             return
@@ -159,7 +168,7 @@ def open_run(
                 yield run
             except BaseException as error:
                 if not run.finished:  # nothing is written after DONE
-                    run.info |= {"status": "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"}
+                    run.info |= {"status": "failed" if isinstance(error, Exception) else "interrupted"}
                     run.info |= {"error": f"{type(error).__name__}: {error}"[:2000]}
                     run.measure()
                     with contextlib.suppress(OSError):  # the error on its way out matters more than a full disk here

@@ -11,11 +11,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from align import models, progress, ranks, training
+from align import models, progress, ranks
 from align.config import Config
 from align.data.load import load_demonstrations, load_prompts, unique_prompts
 from align.data.render import fit, prompt_ids
-from align.generate import Partial, batches, generate
+from align.generate import Answer, sample_together
 from align.runs import Run, done_digest, read_info
 from reward.records import InputError, Record, digest, write_jsonl
 
@@ -28,8 +28,6 @@ def run_sample(config: Config, run: Run) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(base, config.model)
     kept, too_long = fitting_prompts(run, tokenizer, prompts, section.max_prompt_length)
     kept = kept[: section.max_prompts]
-    if not ranks.is_first():
-        return {}
     counts = {record["split"]: 0 for record in kept} | Counter(record["split"] for record in kept)
     progress.say(
         f"  {len(kept)} prompts {counts}, {section.answers_per_prompt} answers each from {', '.join(section.policies)}"
@@ -38,26 +36,15 @@ def run_sample(config: Config, run: Run) -> dict[str, Any]:
     answers: dict[str, list[Record]] = {record["prompt_id"]: [] for record in kept}
     unfinished = 0
     for number, (policy, share) in enumerate(_shares(section.policies, section.answers_per_prompt)):
-        path = policy_folder(config, policy)
         rows = [record for record in kept for _ in range(share)]
-        ids = [prompt_ids(tokenizer, record["prompt"]) for record in rows]
-        partial = Partial(run.work / f"policy-{number}.jsonl")
-        total = len(batches(ids, section.batch_size))
-        if len(partial.batches) < total:
-            model = models.merged(models.load_policy(path, config.model))
-            seed = f"{config.seed} sample {number} {policy}"
-            with progress.bar(f"sample: {policy}", len(ids)) as report:
-                for indices, found in generate(model, tokenizer, ids, section, seed, skip=len(partial.batches)):
-                    partial.add([[i, answer.text, answer.finished] for i, answer in zip(indices, found, strict=True)])
-                    report(min(len(partial.batches) * section.batch_size, len(ids)))
-            del model
-            training.release()
+        found = _answers(config, run, number, policy, tokenizer, rows)
         sampling = {key: getattr(section, key) for key in ("temperature", "top_p", "top_k", "max_new_tokens")}
-        for index, text, finished in sorted(row for batch in partial.batches for row in batch):
-            unfinished += not finished
-            answers[rows[index]["prompt_id"]].append(
-                {"text": text, "model": policy, "sampling": {**sampling, "seed": config.seed, "finished": finished}}
-            )
+        for row, answer in zip(rows, found, strict=True):
+            unfinished += not answer.finished
+            own = {**sampling, "seed": config.seed, "finished": answer.finished}
+            answers[row["prompt_id"]].append({"text": answer.text, "model": policy, "sampling": own})
+    if not ranks.is_first():
+        return {}
 
     comparisons, duplicates, alone = [], 0, 0
     for record in kept:
@@ -88,6 +75,20 @@ def run_sample(config: Config, run: Run) -> dict[str, Any]:
         "prompts_too_long": len(too_long),
         "unfinished_answers": unfinished,
     }
+
+
+def _answers(config: Config, run: Run, number: int, policy: str, tokenizer: Any, rows: list[Record]) -> list[Answer]:
+    """One answer of a policy to each of the prompts, by all processes together."""
+    path = policy_folder(config, policy)
+    return sample_together(
+        lambda: models.merged(models.load_policy(path, config.model)),
+        tokenizer,
+        [prompt_ids(tokenizer, record["prompt"]) for record in rows],
+        config.sample,
+        f"{config.seed} sample {number} {policy}",
+        run.work / f"policy-{number}",
+        f"sample: {policy}",
+    )
 
 
 def gather_prompts(config: Config) -> list[Record]:

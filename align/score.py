@@ -36,14 +36,14 @@ def score_file(run: str, file: Path, out: Path | None, batch_size: int = 16) -> 
         raise InputError(f"--out {out} cannot be written: give a file in a folder that exists.")
     place = model_place(run)
 
-    from align.prefix import share_prefixes
+    from align.lean import lean_reading
     from align.scorer import Scorer
     from align.training import calm_libraries
     from reward.scoring import RewardScores, score
 
     with calm_libraries():
         reader = Scorer.load(place, batch_size=batch_size)
-        share_prefixes(reader.model)
+        lean_reading(reader.model)
         chat = bool(reader.tokenizer.chat_template)
         prompts = [
             user_prompt(prompt) if chat and isinstance(prompt, str) else prompt

@@ -1,7 +1,8 @@
 """Stage 1, sft: teach the base to answer, on demonstrations, with the loss on answer tokens only.
 
 The adapter is merged into the base at the end: the folder's `model` is a whole model in Hugging Face layout, and every
-later stage stands on it. With `sft.adapter: null` every weight is trained.
+later stage stands on it. With `sft.adapter: null` every weight is trained. On a quantised base the adapter is not
+merged: the folder's `model` is the adapter, and later stages stand on the two (`align.quantised`).
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import shutil
 from typing import Any
 
 from align import models, progress, ranks, training
+from align.batches import whole_steps
 from align.config import Config
 from align.data.load import load_demonstrations, only
 from align.data.render import answer_ids, demonstration_row, fit, prompt_ids
 from align.heads import lean_head
 from align.logprobs import Pair, answer_logprobs
+from align.quantised import no_plain_lora
 from align.runs import Run, free_space
 from reward.records import InputError, Record, write_jsonl
 
 
 def run_sft(config: Config, run: Run) -> dict[str, Any]:
-    """Fine-tune, merge, save; returns held-out loss (nats per answer token) and perplexity before and after."""
+    """Fine-tune, save; returns held-out loss (nats per answer token) and perplexity before and after."""
     from datasets import Dataset
     from transformers import set_seed
     from trl import SFTTrainer
@@ -32,7 +35,8 @@ def run_sft(config: Config, run: Run) -> dict[str, Any]:
     loaded = load_demonstrations(config.data.demonstrations, config.data.test_share, config.data.max_rows)
     progress.say(f"  demonstrations: {loaded.sentence()}")
     base = models.base_path(config.model)
-    free_space(run.folder, 3 * models.checkpoint_bytes(base), "sft")
+    merges = section.adapter is not None and config.model.quantization is None
+    free_space(run.folder, 0 if config.model.quantization else 3 * models.checkpoint_bytes(base), "sft")
     tokenizer = models.load_tokenizer(base, config.model)
 
     def length(record: Record) -> int:
@@ -67,33 +71,40 @@ def run_sft(config: Config, run: Run) -> dict[str, Any]:
             processing_class=tokenizer,
             peft_config=models.lora_config(section.adapter, "CAUSAL_LM") if section.adapter else None,
         )
+    if config.model.quantization and (reason := no_plain_lora(trainer.model)):
+        raise InputError(
+            f"sft: {reason}, but on a quantised base the adapter stays below later ones: keep to plain LoRA on linear "
+            "layers in sft.adapter, or leave model.quantization out."
+        )
     lean_head(trainer.model)
     training.make_lean(section, run, trainer.model)
+    whole_steps(trainer)
     closing = training.train(trainer, run)
 
     # The merged model is built from what was saved, not from what is in memory: under ZeRO no process holds it whole.
     target = run.folder / "model"
-    trainer.save_model(str(run.work / "trained" if section.adapter else target))
+    trainer.save_model(str(run.work / "trained" if merges else target))
     del trainer, model
     training.release()
     ranks.wait()
     after = math.nan
     if ranks.is_first():
-        if section.adapter:
-            from peft import PeftModel
+        with ranks.loading_whole():  # alone: under ZeRO-3 a model is else split among all as it is loaded
+            if merges:
+                from peft import PeftModel
 
-            model = PeftModel.from_pretrained(models.load_causal_lm(base, config.model), str(run.work / "trained"))
-            if target.exists():
-                shutil.rmtree(target)
-            model = models.merged(model)
-            # Sequence classifiers find the last token by the config's padding token; it has to be the tokenizer's.
-            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-            model.generation_config.pad_token_id = tokenizer.pad_token_id
-            model.save_pretrained(target)
-        else:
-            model = models.load_causal_lm(str(target), config.model)
-        tokenizer.save_pretrained(target)
-        after = held_out_loss(model, held_out, tokenizer.pad_token_id, "after")
+                model = PeftModel.from_pretrained(models.load_causal_lm(base, config.model), str(run.work / "trained"))
+                if target.exists():
+                    shutil.rmtree(target)
+                model = models.merged(model)
+                # Sequence classifiers find the last token by the config's padding token; it has to be the tokenizer's.
+                model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+                model.generation_config.pad_token_id = tokenizer.pad_token_id
+                model.save_pretrained(target)
+            else:
+                model = models.load_policy(str(target), config.model)
+            tokenizer.save_pretrained(target)
+            after = held_out_loss(model, held_out, tokenizer.pad_token_id, "after")
     ranks.wait()
     return {
         "data": loaded.counts(),

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from align import models, progress, ranks
+from align import checkpoints, models, progress, ranks, stopping
 from align.config import Config, TrainerSection
 from align.runs import Run
 from reward.records import InputError
@@ -74,8 +72,10 @@ def make_lean(section: TrainerSection, run: Run, *models: Any) -> None:
     from align.lean import lean_layers
     from align.lora import lean_lora
     from align.prefix import share_prefixes
+    from align.quantised import keep_precision
 
     for model in models:
+        keep_precision(model)
         lean_lora(model)
         lean_layers(model)
         if section.share_prefixes and (reason := share_prefixes(model)):
@@ -83,29 +83,53 @@ def make_lean(section: TrainerSection, run: Run, *models: Any) -> None:
 
 
 def train(trainer: Trainer, run: Run) -> dict[str, float]:
-    """Train to the end, from the last complete checkpoint if there is one. Returns the trainer's closing figures."""
-    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
-    if checkpoint:
-        progress.say(f"  {run.stage}: resuming from {checkpoint.name}")
+    """Train to the end, from the last whole checkpoint if there is one. Returns the trainer's closing figures.
+
+    Raises:
+        InputError: the checkpoint does not fit this launch, or the disk is full.
+        Terminated: SIGTERM came; the step in hand was finished and a checkpoint written.
+    """
+    checkpoint = _resumed_from(trainer, run)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; metrics.jsonl holds them
     with contextlib.ExitStack() as stack:
         trainer.add_callback(_Metrics(run))
         trainer.add_callback(_Bar(run.stage, stack))
-        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return dict(output.metrics)
+        asked = _StopWhenAsked()
+        trainer.add_callback(asked)
+        trainer.add_callback(_NothingLeft())
+        checkpoints.keep_whole(trainer)
+        output = None
+        with checkpoints.disk_full_is_said(trainer), stopping.put_off(), contextlib.suppress(_Trained):
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if asked.stopped:
+        progress.say(f"  {run.stage}: SIGTERM came, checkpoint-{trainer.state.global_step} is written")
+        raise stopping.Terminated
+    stopping.stop_if_asked()
+    metrics = dict(output.metrics) if output else {}
+    return metrics | _mean_loss(trainer.state) if checkpoint else metrics
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones, left by a kill, are removed."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text())  # the last file the trainer writes
-            found.append((state["global_step"], path))
-        except (OSError, ValueError, KeyError):
-            if ranks.is_first():
-                shutil.rmtree(path, ignore_errors=True)
-    return max(found)[1] if found else None
+def _mean_loss(state: Any) -> dict[str, float]:
+    """Mean loss over the logged optimiser steps, with those before a stop, which a resumed trainer's closing figure
+    leaves out. A line of the log is a mean over the steps since the one before."""
+    total, before = 0.0, 0
+    for line in state.log_history:
+        if "loss" in line:
+            total, before = total + line["loss"] * (line["step"] - before), line["step"]
+    return {"train_loss": total / before} if before else {}
+
+
+def _resumed_from(trainer: Trainer, run: Run) -> Path | None:
+    """The checkpoint to go on from, the same on every process, with what came after it tidied away."""
+    folder = Path(trainer.args.output_dir)
+    if ranks.is_first():
+        checkpoints.remove_incomplete(folder)
+    checkpoint = ranks.share(checkpoints.last_checkpoint(folder))
+    if checkpoint:
+        checkpoints.check_fits(checkpoint, trainer)
+        progress.say(f"  {run.stage}: resuming from {checkpoint.name}")
+    run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    return checkpoint
 
 
 def release(*holders: Any) -> None:
@@ -129,7 +153,7 @@ def calm_libraries() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    for name in ("trl", "accelerate", "DeepSpeed", "torch.distributed", "peft"):
+    for name in ("trl", "accelerate", "DeepSpeed", "torch.distributed", "peft", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -143,8 +167,35 @@ class _Metrics(TrainerCallback):
         self.run = run
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.run.metrics({"step": state.global_step, "epoch": state.epoch, **(logs or {})})
+        logs = {} if logs is None else logs
+        closing = "train_runtime" in logs  # of a stopped run it would sum up a part
+        if "train_loss" in logs:  # the trainer's own dict: what was not logged before is in it from this process alone
+            losses = ranks.collect(logs["train_loss"])
+            logs["train_loss"] = sum(losses) / len(losses)
+        if state.is_world_process_zero and not (closing and stopping.asked()):
+            self.run.metrics({"step": state.global_step, "epoch": state.epoch, **logs})
+
+
+class _Trained(Exception):
+    """There is no step left to train."""
+
+
+class _NothingLeft(TrainerCallback):
+    """Resumed from its last checkpoint, the trainer would take one more step before it looks at the number of steps."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _Trained
+
+
+class _StopWhenAsked(TrainerCallback):
+    """After SIGTERM on any process: all save after the same step, and end."""
+
+    stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if ranks.any_of(stopping.asked()):
+            self.stopped = control.should_save = control.should_training_stop = True
 
 
 class _Bar(TrainerCallback):

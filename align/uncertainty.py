@@ -36,14 +36,14 @@ def prioritise(store: LabelStore, project: Project, run: str) -> int:
     Raises:
         InputError: as `align.score.model_place` and the loading of the model.
     """
-    from align.prefix import share_prefixes
+    from align.lean import lean_reading
     from align.score import model_place
     from align.scorer import Scorer
     from reward.scoring import score
 
     items = [item for item in store.items(project) if item.gold is None]
     reader = Scorer.load(model_place(run))
-    share_prefixes(reader.model)
+    lean_reading(reader.model)
     prompts: Sequence[Any] = [item.payload["prompt"] for item in items for _ in item.payload["answers"]]
     texts = [answer["text"] for item in items for answer in item.payload["answers"]]
     with progress.bar("label: uncertainty of the items", len(texts)) as report:

@@ -24,7 +24,7 @@ from starlette.requests import HTTPConnection
 
 from labeling_ui.accounts import SESSION_SECONDS, Accounts, Annotator, Denied
 from labeling_ui.address import Site
-from labeling_ui.assignment import Assigner, Lease, Refused
+from labeling_ui.assignment import Assigner, Lease, Progress, Refused
 from labeling_ui.database import DatabaseError
 from labeling_ui.render import answer_html, is_blank, visible
 from labeling_ui.store import LabelStore, Project
@@ -75,15 +75,16 @@ class _Gate:
     """Nothing passes that another site could have sent, and nothing leaves without the headers below."""
 
     def __init__(self, app: Any, site: Site) -> None:
-        self.app, self.site, self.hosts = app, site, {urlsplit(origin).netloc for origin in site.origins}
+        self.app, self.origins, self.hosts = app, site.origins, {urlsplit(origin).netloc for origin in site.origins}
+        self.headers = HEADERS | ({"Strict-Transport-Security": "max-age=31536000"} if site.secure else {})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
         connection = HTTPConnection(scope)
-        added = HEADERS | ({"Strict-Transport-Security": "max-age=31536000"} if self.site.secure else {})
-        if connection.url.path.startswith(("/api/", "/log", "/join", "/local")):
+        added = self.headers
+        if scope["path"].startswith(("/api/", "/log", "/join", "/local")):
             added = added | {"Cache-Control": "no-store"}
 
         async def with_headers(message: Any) -> None:
@@ -110,7 +111,7 @@ class _Gate:
         if connection.headers.get("host") not in self.hosts:
             return "This address is not the app's own: open the link that was printed at its start."
         origin = connection.headers.get("origin")
-        if origin is not None and origin not in self.site.origins:
+        if origin is not None and origin not in self.origins:
             return "Requests from other pages are refused."
         if method not in ("GET", "HEAD") and origin is None:
             return "A request that changes something must name its Origin."
@@ -122,13 +123,13 @@ class _Gate:
 
 
 async def _must_log_in(scope: Any, connection: HTTPConnection) -> bool:
-    guard = scope["app"].state.guards.get(connection.url.path.rstrip("/"))
+    guard = scope["app"].state.guards.get(scope["path"].rstrip("/"))
     return guard is not None and await run_in_threadpool(guard, connection) is None
 
 
 def _is_large(connection: HTTPConnection) -> bool:
     length = connection.headers.get("content-length", "0")
-    most = LARGEST_IMPORT if connection.url.path == "/api/admin/import" else LARGEST_BODY
+    most = LARGEST_IMPORT if connection.scope["path"] == "/api/admin/import" else LARGEST_BODY
     return not length.isdigit() or int(length) > most
 
 
@@ -288,8 +289,7 @@ def _label_routes(app: FastAPI, accounts: Accounts, store: LabelStore, site: Sit
             raise Refused("simulated", f"Project {name} is labelled by a program, not by people.")
         return who, Assigner(store, found)
 
-    def reply(assigner: Assigner, who: Annotator, lease: Lease | None, **more: Any) -> Response:
-        progress = assigner.progress(who.name)
+    def reply(assigner: Assigner, lease: Lease | None, progress: Progress, **more: Any) -> Response:
         told = {"mine": progress.mine, "given": progress.given, "wanted": progress.wanted}
         view = None if lease is None else item_view(assigner.project, lease)
         return JSONResponse({"item": view, "progress": told, **more})
@@ -324,7 +324,8 @@ def _label_routes(app: FastAPI, accounts: Accounts, store: LabelStore, site: Sit
     @app.get("/api/next")
     def next_item(request: Request, project: str) -> Response:
         who, assigner = enter(request, project)
-        return reply(assigner, who, assigner.next(who.name), guidelines=_guidelines(assigner.project))
+        lease = assigner.next(who.name)
+        return reply(assigner, lease, assigner.progress(who.name), guidelines=_guidelines(assigner.project))
 
     @app.post("/api/label")
     async def label(request: Request) -> Response:
@@ -341,8 +342,8 @@ def _label_routes(app: FastAPI, accounts: Accounts, store: LabelStore, site: Sit
         names = ("value", "ranking", "ratings", "seconds", "comment", "flag", "rewrite")
         said = {name: found.get(name) for name in (names if kind == "label" else (*names[3:6], "reason"))}
         give = assigner.label if kind == "label" else assigner.skip
-        event, lease = give(who.name, text(found, "lease"), text(found, "key"), said)
-        return reply(assigner, who, lease, saved=event.key)
+        answered = give(who.name, text(found, "lease"), text(found, "key"), said)
+        return reply(assigner, answered.lease, answered.progress, saved=answered.event.key)
 
     @app.post("/api/undo")
     async def undo(request: Request) -> Response:
@@ -354,7 +355,7 @@ def _label_routes(app: FastAPI, accounts: Accounts, store: LabelStore, site: Sit
         lease = assigner.undo(who.name, text(found, "key"))
         if lease is None:
             raise Refused("nothing", "There is no label of yours to take back.")
-        return reply(assigner, who, lease)
+        return reply(assigner, lease, assigner.progress(who.name))
 
     @app.post("/api/heartbeat")
     async def heartbeat(request: Request) -> Response:
@@ -415,9 +416,12 @@ def _guidelines(project: Project) -> dict[str, Any]:
 
 def _static_routes(app: FastAPI) -> None:
     # By name, not by folder: nothing else can be asked for.
-    for name, kind in (("label.js", "text/javascript"), ("label.css", "text/css"), ("login.css", "text/css")):
+    kinds = {".js": "text/javascript", ".css": "text/css"}
+    for name in ("common.js", "label.js", "label.css", "login.css"):
 
-        def served(name: str = name, kind: str = kind) -> Response:
-            return FileResponse(STATIC / name, media_type=kind, headers={"Cache-Control": "no-cache"})
+        def served(name: str = name) -> Response:
+            return FileResponse(
+                STATIC / name, media_type=kinds[Path(name).suffix], headers={"Cache-Control": "no-cache"}
+            )
 
         app.get(f"/static/{name}")(served)

@@ -14,20 +14,31 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
 from labeling_ui import statements as st
 from labeling_ui.checks import check_judgement, checked_note, checked_seconds, is_order
 from labeling_ui.project import Event, Item, Project
-from labeling_ui.projection import append, event_of_key, event_row, read_item, recount, same_said, shown_digest
+from labeling_ui.projection import (
+    append,
+    event_of_key,
+    event_row,
+    read_item,
+    recount,
+    recount_leases,
+    same_said,
+    shown_digest,
+)
 from labeling_ui.schema import EVENT, LABEL, LEASE
 from labeling_ui.store import LabelStore
 from reward.records import InputError
 
 UNDO_DEPTH = 20
 LONGEST_LEASE = 24 * 3600.0
+# Kept in memory of those lent last.
+MOST_LENT_ITEMS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,14 @@ class Progress:
     wanted: int
 
 
+class Answered(NamedTuple):
+    """What an answer leads to: the event as it is stored, the next item (None: there is none left), how far all is."""
+
+    event: Event
+    lease: Lease | None
+    progress: Progress
+
+
 class Assigner:
     """Lends the items of one project."""
 
@@ -79,7 +98,7 @@ class Assigner:
             self._expire(connection, now)
             return self._next(connection, annotator, now)
 
-    def label(self, annotator: str, token: str, key: str, said: Mapping[str, Any]) -> tuple[Event, Lease | None]:
+    def label(self, annotator: str, token: str, key: str, said: Mapping[str, Any]) -> Answered:
         """Store the label of a lent item, and lend the next one, in one transaction.
 
         Args:
@@ -93,7 +112,7 @@ class Assigner:
         """
         return self._answer(annotator, token, "label", key, said)
 
-    def skip(self, annotator: str, token: str, key: str, said: Mapping[str, Any]) -> tuple[Event, Lease | None]:
+    def skip(self, annotator: str, token: str, key: str, said: Mapping[str, Any]) -> Answered:
         """Leave a lent item to others, for good, with a reason (`said` holds `order`, `reason`, `flag`, `seconds`)."""
         return self._answer(annotator, token, "skip", key, said)
 
@@ -124,8 +143,8 @@ class Assigner:
             ).one_or_none()
             if row is None:
                 return None
-            item = read_item(connection, self.project, row.item_id)
-            taken = recount(connection, self.project, item.id)
+            item = self._item(connection, row.item_id)
+            taken = recount_leases(connection, self.project, item.id)
             if row.kind == "skip" and item.gold is None and taken >= self.project.settings.overlap:
                 raise Refused("full", "Others have judged the item that you skipped; it stays skipped.")
             self._give_up(connection, annotator)
@@ -133,6 +152,7 @@ class Assigner:
             event = append(
                 connection, self.project, event_row(self.project, row.item_id, annotator, "undo", key, body, now)
             )
+            recount(connection, self.project, item.id)
             return self._lend(connection, annotator, item, "undo", now, tuple(row.body["order"]), event.id)
 
     def heartbeat(self, annotator: str, token: str) -> float:
@@ -159,25 +179,27 @@ class Assigner:
     def progress(self, annotator: str) -> Progress:
         """How far the annotator, and the project, have come; skips do not count, nor, for the project, gold items."""
         with self.store.database.read() as connection:
-            given, items, own = connection.execute(st.PROGRESS, {"p": self.project.id, "a": annotator}).one()
-        return Progress(own, given, items * self.project.settings.overlap)
+            return self._progress(connection, annotator)
 
     # -- within a transaction -------------------------------------------------------------------------------------
 
-    def _answer(
-        self, annotator: str, token: str, kind: str, key: str, said: Mapping[str, Any]
-    ) -> tuple[Event, Lease | None]:
+    def _progress(self, connection: sa.Connection, annotator: str) -> Progress:
+        given, items, own = connection.execute(st.PROGRESS, {"p": self.project.id, "a": annotator}).one()
+        return Progress(own, given, items * self.project.settings.overlap)
+
+    def _answer(self, annotator: str, token: str, kind: str, key: str, said: Mapping[str, Any]) -> Answered:
         with self.store.database.write_with_others() as connection:
             now = self.store.now()
             self._expire(connection, now)
             row = self._lease_row(connection, annotator, token)
-            item = read_item(connection, self.project, row.item_id)
+            item = self._item(connection, row.item_id)
             spoken = said if "order" in said else _of_answers(said, row.order)
             given = {**spoken, "annotator": annotator, "key": key, "item_id": item.id}
             checked = check_judgement(self.project, item, given) if kind == "label" else _checked_skip(item, given)
             if (known := event_of_key(connection, self.project, key)) is not None:
                 same_said(_fields(known), kind, given, checked)
-                return known, self._next(connection, annotator, now)
+                lease = self._next(connection, annotator, now)
+                return Answered(known, lease, self._progress(connection, annotator))
             if checked["order"] != list(row.order):
                 raise Refused("order", f"The answers were shown as {row.order}, not as {checked['order']}.")
             self._may_answer(connection, annotator, row, item)
@@ -192,7 +214,8 @@ class Assigner:
             recount(connection, self.project, item.id)
             # Whoever answers what they hold, in the ordinary course, holds nothing else and has taken nothing back.
             ordinary = row.state == "live" and row.arm != "undo"
-            return event, self._lent(connection, annotator, now) if ordinary else self._next(connection, annotator, now)
+            lease = self._lent(connection, annotator, now) if ordinary else self._next(connection, annotator, now)
+            return Answered(event, lease, self._progress(connection, annotator))
 
     def _may_answer(self, connection: sa.Connection, annotator: str, row: Any, item: Item) -> None:
         if row.state == "live":
@@ -203,13 +226,23 @@ class Assigner:
             raise Refused("answered", "You have answered this item already; take the answer back to change it.")
         held = (LEASE.c.item_id == item.id) & (LEASE.c.annotator == annotator) & (LEASE.c.state == "live")
         mine = connection.execute(sa.select(sa.func.count()).select_from(LEASE).where(held)).scalar_one()
-        taken = recount(connection, self.project, item.id)
+        taken = recount_leases(connection, self.project, item.id)
         if item.gold is None and taken - mine >= self.project.settings.overlap:
             raise Refused(
                 "lost", "Your time for this item ran out and others have judged it since: your label was not stored."
             )
         # The same item may have been lent to them again since; it is answered now.
         connection.execute(sa.update(LEASE).where(held).values(state="given up"))
+
+    def _item(self, connection: sa.Connection, item_id: int) -> Item:
+        """An item that is lent or about to be; what it says never changes, and several people are shown it in a row."""
+        known = self.store.lent_items
+        if (found := known.get(item_id)) is None:
+            found = read_item(connection, self.project, item_id)
+            if len(known) >= MOST_LENT_ITEMS:
+                del known[next(iter(known))]
+            known[item_id] = found
+        return found
 
     def _lease_row(self, connection: sa.Connection, annotator: str, token: str) -> Any:
         known = {"t": token, "p": self.project.id, "a": annotator}
@@ -221,12 +254,12 @@ class Assigner:
     def _expire(self, connection: sa.Connection, now: float) -> None:
         for token, item_id in connection.execute(st.OVERDUE, {"now": now, "p": self.project.id}).all():
             connection.execute(st.SET_STATE, {"t": token, "s": "expired"})
-            recount(connection, self.project, item_id)
+            recount_leases(connection, self.project, item_id)
 
     def _give_up(self, connection: sa.Connection, annotator: str) -> None:
         for row in connection.execute(st.HELD, {"p": self.project.id, "a": annotator}).all():
             connection.execute(st.SET_STATE, {"t": row.token, "s": "given up"})
-            recount(connection, self.project, row.item_id)
+            recount_leases(connection, self.project, row.item_id)
 
     def _held(self, connection: sa.Connection, annotator: str, now: float) -> Lease | None:
         row = connection.execute(st.HELD, {"p": self.project.id, "a": annotator}).first()
@@ -234,7 +267,7 @@ class Assigner:
             return None
         expires = min(now + self.project.settings.lease_seconds, row.issued + LONGEST_LEASE)
         connection.execute(st.SET_EXPIRY, {"t": row.token, "until": expires})
-        item = read_item(connection, self.project, row.item_id)
+        item = self._item(connection, row.item_id)
         return self._lease(connection, row.token, item, annotator, tuple(row.order), row.arm, expires, row.undone)
 
     def _next(self, connection: sa.Connection, annotator: str, now: float) -> Lease | None:
@@ -258,9 +291,7 @@ class Assigner:
         for arm in arms:
             item_id = self._gold(connection, annotator) if arm == "gold" else self._pick(connection, annotator, arm)
             if item_id is not None:
-                return self._lend(
-                    connection, annotator, read_item(connection, self.project, item_id), arm, now, token=token
-                )
+                return self._lend(connection, annotator, self._item(connection, item_id), arm, now, token=token)
         return None
 
     def _undone(self, connection: sa.Connection, annotator: str, now: float) -> Lease | None:
@@ -268,7 +299,7 @@ class Assigner:
         row = connection.execute(st.UNDONE, {"p": self.project.id, "a": annotator}).one_or_none()
         if row is None:
             return None
-        item = read_item(connection, self.project, row.item_id)
+        item = self._item(connection, row.item_id)
         return self._lend(connection, annotator, item, "undo", now, tuple(row.order), row.undone)
 
     def _gold(self, connection: sa.Connection, annotator: str) -> int | None:
@@ -323,7 +354,7 @@ class Assigner:
             "undone": undone,
         }
         connection.execute(st.ADD_LEASE, row)
-        recount(connection, self.project, item.id)
+        recount_leases(connection, self.project, item.id)
         return self._lease(connection, token, item, annotator, order, arm, expires, undone)
 
     def _lease(

@@ -37,7 +37,7 @@ HEAD = """
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="stylesheet" href="/static/label.css">
 <link rel="stylesheet" href="/static/chat.css">
-<script src="/static/chat.js" defer></script>
+<script type="module" src="/static/chat.js"></script>
 """
 
 FRAME = """

@@ -23,7 +23,7 @@ _ANSWER = re.compile(
 # Names that an item's payload uses itself.
 _TAKEN = frozenset({"comparison_id", "pair"})
 # What others said of the answers is no part of a comparison: it would change with every new label.
-_LEFT_OUT = _TAKEN | {
+LEFT_OUT = _TAKEN | {
     *("annotations", "predictions", "responses", "suggestions", "vectors"),
     *("annotators", "strengths", "chosen_index", "margin", "weight", "simulated", "gold"),
 }
@@ -82,7 +82,7 @@ def read_comparisons(
     said += f"read as {form} ({container})"
     if repeated:
         said += f"; {repeated} repeated rows left out"
-    left_out = _TAKEN if convert is _from_own else _LEFT_OUT
+    left_out = _TAKEN if convert is _from_own else LEFT_OUT
     if unused := {column for _, row in rows for column in row if column in left_out}:
         said += f"; not used: {', '.join(sorted(unused))}"
     return records, f"{said}."
@@ -195,7 +195,7 @@ def _format(where: str, row: Record) -> tuple[str, Convert]:
         return "an Argilla export", _from_argilla
     if isinstance(row.get("data"), dict):
         return "a Label Studio export", _from_label_studio
-    if _prompt_column(row) and (columns := _answer_columns(row)):
+    if _prompt_column(row) and (columns := answer_columns(row)):
         return f"columns {_prompt_column(row)}, {', '.join(columns)}", _from_columns
     raise InputError(
         f"{where}: the format cannot be told from the columns {listed(row)}: wanted are prompt, answer_1, answer_2, "
@@ -252,7 +252,7 @@ def _from_label_studio(where: str, row: Record) -> Record:
 
 def _from_columns(where: str, row: Record) -> Record:
     answers = []
-    columns = _answer_columns(row)
+    columns = answer_columns(row)
     used = set(columns)
     for column, mark in columns.items():
         models = [name for name in (f"{column}_model", f"model_{mark}", f"model{mark}") if name in row]
@@ -270,7 +270,7 @@ def _from_columns(where: str, row: Record) -> Record:
     return _riders(row, used) | {"prompt": _prompt(where, row), "answers": answers}
 
 
-def _answer_columns(row: Record) -> dict[str, str]:
+def answer_columns(row: Record) -> dict[str, str]:
     """Columns of answers, in order, with what tells them apart (1, 2, or a, b); of several sets the largest."""
     sets: dict[str, list[tuple[str, str]]] = {}
     for column in row:
@@ -282,7 +282,7 @@ def _answer_columns(row: Record) -> dict[str, str]:
 
 def _riders(row: Record, used: set[str]) -> Record:
     prompt = _prompt_column(row)
-    gone = {*used, *_LEFT_OUT, prompt, "input" if prompt == "instruction" else prompt}
+    gone = {*used, *LEFT_OUT, prompt, "input" if prompt == "instruction" else prompt}
     return {column: value for column, value in row.items() if column not in gone}
 
 

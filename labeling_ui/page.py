@@ -13,7 +13,7 @@ from typing import Any
 HEAD = """
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="stylesheet" href="/static/label.css">
-<script src="/static/label.js" defer></script>
+<script type="module" src="/static/label.js"></script>
 """
 
 # Everything that changes is filled in by the script as text, or as HTML that the server has sanitised.

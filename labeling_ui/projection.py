@@ -53,15 +53,13 @@ def set_label(connection: sa.Connection, project: Project, item_id: int, annotat
 
 def recount(connection: sa.Connection, project: Project, item_id: int) -> int:
     """How much of an item's cap is taken: labels that count and leases that live, never both of one annotator."""
-    labelled, lent, labelled_before, taken_before, counts = connection.execute(st.COUNT, {"i": item_id}).one()
-    taken = int(labelled + lent)
-    if (labelled, taken) != (labelled_before, taken_before):
-        full = not counts or taken >= project.settings.overlap
-        changed = {"i": item_id, "labelled_now": labelled, "taken_now": taken, "full_now": full}
-        connection.execute(st.SET_COUNT, changed)
-    if counts and labelled != labelled_before:
-        connection.execute(st.MORE_LABELS, {"p": project.id, "more": labelled - labelled_before})
-    return taken
+    connection.execute(st.MORE_LABELS, {"p": project.id, "i": item_id})
+    return recount_leases(connection, project, item_id)
+
+
+def recount_leases(connection: sa.Connection, project: Project, item_id: int) -> int:
+    """As `recount`, where no label has changed."""
+    return int(connection.execute(st.RECOUNT, {"i": item_id, "cap": project.settings.overlap}).scalar_one())
 
 
 def read_item(connection: sa.Connection, project: Project, item_id: int) -> Item:

@@ -35,13 +35,20 @@ ADD_LABEL = sa.insert(LABEL)
 
 _LABELS = sa.select(sa.func.count()).where(LABEL.c.item_id == _I, LABEL.c.kind == "label").scalar_subquery()
 _LEASES = sa.select(sa.func.count()).where(LEASE.c.item_id == _I, LEASE.c.state == "live").scalar_subquery()
-COUNT = sa.select(_LABELS, _LEASES, ITEM.c.labelled, ITEM.c.taken, ITEM.c.gold.is_(None)).where(ITEM.c.id == _I)
-SET_COUNT = (
+_TAKEN = _LABELS + _LEASES
+# Gold items have no cap, and are not counted: they are never among the open ones.
+RECOUNT = (
     sa.update(ITEM)
     .where(ITEM.c.id == _I)
-    .values(labelled=bindparam("labelled_now"), taken=bindparam("taken_now"), full=bindparam("full_now"))
+    .values(labelled=_LABELS, taken=_TAKEN, full=ITEM.c.gold.is_not(None) | (bindparam("cap") <= _TAKEN))
+    .returning(ITEM.c.taken)
 )
-MORE_LABELS = sa.update(PROJECT).where(PROJECT.c.id == _P).values(label_count=PROJECT.c.label_count + bindparam("more"))
+# Before RECOUNT, while the item holds what it was: the project's count moves by what the item's does.
+_BEFORE = sa.select(ITEM.c.labelled).where(ITEM.c.id == _I).scalar_subquery()
+_COUNTS = sa.exists().where(ITEM.c.id == _I, ITEM.c.gold.is_(None))
+MORE_LABELS = (
+    sa.update(PROJECT).where(PROJECT.c.id == _P, _COUNTS).values(label_count=PROJECT.c.label_count + _LABELS - _BEFORE)
+)
 _MINE = sa.select(sa.func.count()).where(LABEL.c.project_id == _P, LABEL.c.annotator == _A, LABEL.c.kind == "label")
 PROGRESS = sa.select(PROJECT.c.label_count, PROJECT.c.item_count, _MINE.scalar_subquery()).where(PROJECT.c.id == _P)
 

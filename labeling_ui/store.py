@@ -59,6 +59,7 @@ class LabelStore:
     ) -> None:
         self.database = Database(where, busy_seconds=busy_seconds)
         self._clock, self._latest = clock, 0.0
+        self.lent_items: dict[int, Item] = {}  # of all projects, by number; read and written by whoever may write
         with self.database.read() as connection:
             self._latest = connection.execute(sa.select(sa.func.max(LEASE.c.issued))).scalar_one() or 0.0
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from reward.statistics import MeanFigure
@@ -67,10 +67,17 @@ class Plot:
 
 def environment() -> Environment:
     """Templates that escape what they are given, refuse unknown names, and write numbers as our pages do."""
-    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    own = resources.files("reward")
+    made = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(lambda name: own.joinpath(name).read_text(encoding="utf-8")),  # what pages share
+    )
     made.filters["number"] = number
     made.filters["units"] = together
-    made.globals["style"] = Markup(resources.files("reward").joinpath("page.css").read_text(encoding="utf-8"))
+    made.globals["style"] = Markup(own.joinpath("page.css").read_text(encoding="utf-8"))
     made.globals["missing"] = MISSING
     return made
 

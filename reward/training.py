@@ -106,20 +106,27 @@ class PreferenceTrainer(RewardTrainer):
             likelihood=self.likelihood,
             center_rewards_coefficient=self.args.center_rewards_coefficient,
         )
-        with torch.no_grad():
-            mean_R = reward_RM.mean(1)
-            gap_P = mean_R[pairs_P2[:, 0]] - mean_R[pairs_P2[:, 1]]
-            decided_P = inputs["outcomes"][:, 1] == 0
-            figures = {
-                # Of a batch with ties alone there is no accuracy: it counts as a coin's.
-                "accuracy": (gap_P[decided_P] > 0).float().mean() if decided_P.any() else gap_P.new_tensor(0.5),
-                "margin": gap_P[decided_P].mean() if decided_P.any() else gap_P.new_zeros(()),
-                "mean_reward": mean_R.mean(),
-                "pairs": gap_P.new_tensor(float(len(pairs_P2))),
-            }
-            if reward_RM.shape[1] > 1:
-                figures["spread"] = reward_RM.std(1).mean()
-            for name, figure in figures.items():
-                everywhere = self.accelerator.gather_for_metrics(figure).mean()
-                self._metrics["train" if self.model.training else "eval"][name].append(everywhere.item())
+        self._note(reward_RM.detach(), pairs_P2, inputs["outcomes"])
         return (loss, outputs) if return_outputs else loss
+
+    def _note(self, reward_RM: torch.Tensor, pairs_P2: torch.Tensor, outcome_P3: torch.Tensor) -> None:
+        """The figures of a batch over all processes: every pair, and every answer, counts as much as any other."""
+        mean_R = reward_RM.mean(1)
+        gap_P = mean_R[pairs_P2[:, 0]] - mean_R[pairs_P2[:, 1]]
+        gap_D = gap_P[outcome_P3[:, 1] == 0]  # D pairs that are no ties
+        several = reward_RM.shape[1] > 1
+        spread_R = reward_RM.std(1) if several else torch.zeros_like(mean_R)
+        sums = [(gap_D > 0).float().sum(), gap_D.sum(), mean_R.sum(), spread_R.sum()]
+        counts = [gap_P.new_tensor(float(len(counted))) for counted in (gap_D, mean_R, gap_P)]
+        everywhere = self.accelerator.gather(torch.stack([*sums, *counts])[None]).sum(0).tolist()
+        right, gaps, rewards, spreads, decided, answers, pairs = everywhere
+        figures = {
+            # Of a batch with ties alone there is no accuracy: it counts as a coin's.
+            "accuracy": right / decided if decided else 0.5,
+            "margin": gaps / decided if decided else 0.0,
+            "mean_reward": rewards / answers,
+            "pairs": pairs,
+            **({"spread": spreads / answers} if several else {}),
+        }
+        for name, figure in figures.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(figure)

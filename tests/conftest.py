@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +21,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CI", "true")
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+FLAGS += ["--no-first-run", "--disable-sync", "--disable-quic"]
+in_browser = [
+    pytest.mark.skipif(CHROMIUM is None, reason="CHROMIUM IS NOT INSTALLED: the pages are not tested"),
+    pytest.mark.browser,
+]
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -23,6 +36,36 @@ CHATML = (
 
 SUBJECTS = ["rain", "bread", "a river", "music", "the moon", "a garden", "paper", "salt", "a clock", "winter"]
 QUESTIONS = ["What is {}?", "Tell me about {}.", "Why do people like {}?", "Describe {} in one sentence."]
+
+
+class Stopped(Exception):
+    """What the tests stop a stage with."""
+
+
+@contextlib.contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """Inside, training raises `Stopped` at the end of this optimiser step; what is expected to be raised is raised."""
+    from align.training import _Bar
+
+    real = _Bar.on_step_end
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        real(self, args, state, control, **extra)
+        if state.global_step == step:
+            raise Stopped
+
+    _Bar.on_step_end = stop
+    try:
+        with pytest.raises(Stopped):
+            yield
+    finally:
+        _Bar.on_step_end = real
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def demonstrations(count: int = 40) -> list[dict[str, str]]:
@@ -100,3 +143,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A real browser, for the tests of a module."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()

@@ -44,7 +44,7 @@ def points_along(reference: str, path: str, folder: Path) -> list[Point]:
     """
     records = read_jsonl(folder / "metrics.jsonl")
     last = 1 + max(record["update"] for record in records if "objective/kl" in record)
-    ways = [(step, str(kept)) for step, kept in kept_policies(folder)] + [(last, str(folder / "model"))]
+    ways = [(step, str(kept)) for step, kept in kept_policies(folder)] + [(last, str((folder / "model").resolve()))]
     return [Point(reference, 0, path), *(Point(f"update {step}", step, where) for step, where in ways)]
 
 

@@ -5,7 +5,6 @@ A contestant brings its own tokenizer and chat template, and what is known of th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +13,15 @@ from typing import Any
 import yaml
 
 from align import models, progress
-from align.compare.places import OF_PIPELINE, run_folder
-from align.config import POLICIES, Config
+from align.compare.places import OF_PIPELINE
+from align.config import Config
 from align.data.load import load_demonstrations, load_preferences, load_prompts, only
 from align.data.render import fit, prompt_ids
-from align.generate import Answer, Partial, batches, generate
+from align.generate import Answer, sample_together
+from align.policies import find_policy, run_folder
 from align.ppo.rewards import same_tokenizer
-from align.runs import Run, lineage, read_info
+from align.runs import Run, lineage
 from align.sample import gather_prompts, policy_folder, sft_model
-from align.training import release
 from reward.records import (
     InputError,
     Record,
@@ -80,31 +79,18 @@ def _contestant(config: Config, place: str) -> Contestant:
     path = Path(place)
     if path.is_file():
         return Contestant(path.stem, place, place, given=_answers_in(path), trained_on=None)
-    if folder := run_folder(place):
-        info = read_info(folder)
-        assert info
-        if info["stage"] not in POLICIES:
-            raise InputError(f"{folder} is the {info['stage']} stage's, which makes no policy: give sft, dpo or ppo's.")
-        where = policy_folder(config, str(folder))
-        name = f"{folder.parent.name}/{info['stage']}"
-        return Contestant(name, place, where, _tokenizer(config, where), trained_on=trained_prompts(folder))
-    if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+    run = run_folder(place)
+    if path.is_dir() and not run and not any((path / f).is_file() for f in ("config.json", "adapter_config.json")):
         raise InputError(
             f"{path} is neither a stage's run folder (run.json) nor a model's (config.json, adapter_config.json): give "
             "one of these, a hub id, or a JSONL file of answers."
         )
     if not path.exists() and (path.is_absolute() or place.startswith((".", "~")) or path.suffix == ".jsonl"):
         raise InputError(f"compare.models: {place} does not exist: give a folder, a hub id or a JSONL of answers.")
-    return Contestant(path.name, place, place, _tokenizer(config, place), trained_on=None)
-
-
-def _tokenizer(config: Config, place: str) -> Any:
-    """The tokenizer beside a model, or its base's where an adapter came without."""
-    adapter = Path(place) / "adapter_config.json"
-    if adapter.is_file() and not (Path(place) / "tokenizer_config.json").is_file():
-        place = str(json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"])
-    section = config.model.model_copy(update={"base": place, "chat_template": None})
-    return models.load_tokenizer(place, section)
+    found = find_policy(str(run or place), config.model)
+    name = f"{found.pipeline}/{found.name}" if run else Path(place).name
+    tokenizer = models.load_tokenizer(found.tokenizer, found.section)
+    return Contestant(name, place, found.folder, tokenizer, trained_on=trained_prompts(run) if run else None)
 
 
 def _answers_in(path: Path) -> dict[str, str]:
@@ -191,14 +177,15 @@ def chosen_prompts(config: Config, run: Run, found: Sequence[Contestant]) -> tup
                 f"longer than max_prompt_length={limit} tokens",
                 "Raise compare.max_prompt_length.",
             )
-    write_jsonl(run.folder / "dropped.jsonl", dropped)
+    if run.writer:
+        write_jsonl(run.folder / "dropped.jsonl", dropped)
     return records[: section.max_prompts], seen
 
 
 def answers_of(
     config: Config, run: Run, one: Contestant, prompts: Sequence[Record], label: str, seed: str = ""
 ) -> list[Answer]:
-    """One answer to every prompt; batches generated before an interruption are read back.
+    """One answer to every prompt, by all processes together; what was sampled before an interruption is read back.
 
     Args:
         label: tells this work from other work of the run; a model answers under one label once.
@@ -206,20 +193,15 @@ def answers_of(
     """
     if one.given is not None:
         return [Answer([], one.given[record["prompt_id"]].strip(), True) for record in prompts]
-    section = config.compare
-    ids = [prompt_ids(one.tokenizer, record["prompt"]) for record in prompts]
-    partial = Partial(run.work / f"answers-{label}.jsonl")
-    if len(partial.batches) < len(batches(ids, section.batch_size)):
-        model = models.merged(models.load_policy(one.path, config.model))
-        with progress.bar(f"compare: {one.name} answers", len(ids)) as report:
-            # The same seed for every model: where two models agree, so do their answers.
-            own = f"{config.seed} compare{seed}"
-            for indices, answers in generate(model, one.tokenizer, ids, section, own, skip=len(partial.batches)):
-                partial.add([[i, a.ids, a.text, a.finished] for i, a in zip(indices, answers, strict=True)])
-                report(min(len(partial.batches) * section.batch_size, len(ids)))
-        del model
-        release()
-    return [Answer(*row[1:]) for row in sorted((r for b in partial.batches for r in b), key=lambda row: row[0])]
+    return sample_together(
+        lambda: models.merged(models.load_policy(one.path, config.model)),
+        one.tokenizer,
+        [prompt_ids(one.tokenizer, record["prompt"]) for record in prompts],
+        config.compare,
+        f"{config.seed} compare{seed}",  # the same for every model: where two models agree, so do their answers
+        run.work / f"answers-{label}",
+        f"compare: {one.name} answers",
+    )
 
 
 def differences(found: Sequence[Contestant]) -> list[str]:
@@ -238,11 +220,11 @@ def differences(found: Sequence[Contestant]) -> list[str]:
     return said
 
 
-def shares_tokens(one: Contestant, other: Contestant) -> bool:
-    """Whether token counts and log-probabilities of the two can be compared."""
-    if one.tokenizer is None or other.tokenizer is None:
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether token counts and log-probabilities by two tokenizers can be compared; None is no tokenizer."""
+    if one is None or other is None:
         return False
-    return one.tokenizer is other.tokenizer or same_tokenizer(one.tokenizer, other.tokenizer) is None
+    return one is other or same_tokenizer(one, other) is None
 
 
 def prompts_digest(prompts: Sequence[Record]) -> str:

@@ -19,8 +19,10 @@ from align.compare.contestants import Contestant
 from align.compare.llm_judge import LlmJudge, Shown, both_orders, fold
 from align.config import Config
 from align.generate import Answer
+from align.lean import lean_reading
 from align.ppo.rewards import Episodes, FunctionReward, as_reward
 from align.runs import Run, read_info
+from align.score import model_place
 from align.scorer import Scorer
 from labeling_ui.panel import HiddenPreference, preferred
 from reward.records import InputError, Record, prompt_text
@@ -148,23 +150,24 @@ class PipelineReward:
 
         folder = str(self.config.folder("reward") / "model")
         model = models.load_reward_model(folder, self.config.model)
+        lean_reading(model)
         reader = Scorer(model, models.load_reward_tokenizer(folder), "reward")
-        conversations = [record["prompt"] for record in seen.prompts]
-        scores: dict[str, list[float | None]] = {}
-        with progress.bar("compare: reward", len(seen.answers) * len(seen.prompts)) as report:
-            for number, (name, answers) in enumerate(seen.answers.items()):
-                done = number * len(answers)
-
-                def told(count: int, done: int = done) -> None:
-                    report(done + count)
-
-                whole = [p + a.ids for p, a in zip(seen.prompt_ids[name], answers, strict=True)]
-                if self.config.reward.base or not all(whole):
-                    texts, finished = ([getattr(a, key) for a in answers] for key in ("text", "finished"))
-                    found = score(reader, conversations, texts, finished=finished, on_progress=told)
-                    scores[name] = [float(value) for value in found.mean]
-                else:
-                    scores[name] = [*score_rows(model, whole, reader.tokenizer.pad_token_id, on_progress=told)]
+        # All models' answers to a prompt in a row: what they share, the prompt, is computed once.
+        names = list(seen.answers)
+        shown = [(place, name, seen.answers[name][place]) for place in range(len(seen.prompts)) for name in names]
+        whole = [seen.prompt_ids[name][place] + answer.ids for place, name, answer in shown]
+        found: Sequence[float]
+        with progress.bar("compare: reward", len(shown)) as report:
+            if self.config.reward.base or not all(whole):
+                conversations = [seen.prompts[place]["prompt"] for place, _, _ in shown]
+                texts, finished = ([getattr(answer, key) for _, _, answer in shown] for key in ("text", "finished"))
+                found = score(reader, conversations, texts, finished=finished, on_progress=report).mean.tolist()
+            else:
+                groups, pad_id = [place for place, _, _ in shown], reader.tokenizer.pad_token_id
+                found = score_rows(model, whole, pad_id, groups=groups, on_progress=report)
+        scores: dict[str, list[float | None]] = {
+            name: [*found[number :: len(names)]] for number, name in enumerate(names)
+        }
         del model, reader
         training.release()
         return by_scores(scores)
@@ -176,13 +179,15 @@ class AnyReward:
     gives_scores = True
 
     def __init__(self, place: str, climbed: bool) -> None:
-        self.place, self.independent = place, not climbed
+        self.independent = not climbed
         self.trust: str | None = None
         path = Path(place)
+        self.place = model_place(place) if path.is_dir() else place
         is_function = ":" in place and not path.exists()
         # A function is looked up at once, so that a misspelt one is said before anything is generated; a model is
         # loaded when its turn comes, and is not in memory beside the ones that answer.
-        name = as_reward(place).name if is_function else (path.parent.name if path.name == "model" else path.name)
+        own = path.resolve().parent if path.name == "model" else path  # a stage's model is called by its stage
+        name = as_reward(place).name if is_function else own.name
         self.name = f"{'' if climbed else 'held-out '}{'check' if is_function else 'reward'} {name}"
         if not is_function and (path.is_absolute() or place.startswith((".", "~"))) and not path.is_dir():
             raise InputError(

@@ -5,7 +5,7 @@ Annotators see two answers to a held-out prompt and no name; which model stands 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from align import progress
 from align.compare.judging import Answered, Judgement
@@ -85,10 +85,7 @@ class People:
             waits = not self.config.label.finish and not store.closed(project)
             if waits and store.count_labels(project) < wanted:
                 serve_until(self.config, store, project, wanted)
-            given = {
-                (digest(record["prompt"]), *(answer["text"] for answer in record["answers"])): votes
-                for record, votes in store.votes(project)
-            }
+            given = {_key(record): votes for record, votes in store.votes(project)}
         found = Judgement({})
         for name in seen.others:
             told: list[float | None] = []
@@ -106,6 +103,6 @@ class People:
         return found
 
 
-def _key(pair: Mapping[str, object]) -> tuple[str, ...]:
-    answers: list[dict[str, str]] = pair["answers"]  # type: ignore[assignment]
-    return digest(pair["prompt"]), *(answer["text"] for answer in answers)
+def _key(pair: Record) -> tuple[str, ...]:
+    """What a pair is, whatever else its record holds."""
+    return digest(pair["prompt"]), *(answer["text"] for answer in pair["answers"])

@@ -9,18 +9,12 @@ from typing import Any
 
 from align.config import POLICIES, Config
 from align.config_file import config_of
-from align.runs import read_info
+from align.policies import run_folder
+from align.runs import done_digest
 from reward.records import InputError, file_digest
 
 OF_PIPELINE = ("base", *POLICIES)
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
-
-
-def run_folder(place: str) -> Path | None:
-    """The stage's folder that a place names, itself or by its `model`; None where it names something else."""
-    path = Path(place)
-    folder = path.parent if path.name == "model" else path
-    return folder if folder.is_dir() and (folder / "run.json").is_file() and read_info(folder) else None
 
 
 def run_folders(config: Config) -> list[str]:
@@ -32,6 +26,9 @@ def run_folders(config: Config) -> list[str]:
 def weights_and_files(config: Config) -> dict[str, Any]:
     """Digests of what else is compared or judges: files of answers, and the weights of plain model folders."""
     inputs: dict[str, Any] = {}
+    for place in config.compare.judges or []:
+        if judge := run_folder(place):
+            inputs[f"judge {place}"] = done_digest(judge)
     for place in [*config.compared_models(), *(config.compare.judges or [])]:
         path = Path(place)
         if place in OF_PIPELINE or run_folder(place) or not path.exists():

@@ -15,10 +15,11 @@ from reward.statistics import MeanFigure
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; unit and direction are the small print below it."""
+    """A heading; unit and direction are the small print below it, `note` the fine print on hover."""
 
     title: str
     unit: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,28 @@ class Table:
     columns: list[Column]
     rows: list[Row]
 
-    def turned(self) -> list[tuple[Column, list[Cell]]]:
+    @property
+    def upright(self) -> View:
+        """As the terminal and Markdown show it."""
+        rows = [(Column(row.name, note=row.path), row.cells) for row in self.rows]
+        return View("Model", self.columns, rows)
+
+    @property
+    def turned(self) -> View:
         """Figures down, models across: for many figures of few models."""
-        return [(column, [row.cells[place] for row in self.rows]) for place, column in enumerate(self.columns)]
+        heads = [Column(row.name, note=row.path) for row in self.rows]
+        rows = [(column, [row.cells[place] for row in self.rows]) for place, column in enumerate(self.columns)]
+        return View("Figure", heads, rows, "turned")
+
+
+@dataclass(frozen=True)
+class View:
+    """A table as it stands on the page: the corner's word, headings across, and a heading with its cells each row."""
+
+    corner: str
+    heads: list[Column]
+    rows: list[tuple[Column, list[Cell]]]
+    kind: str = ""
 
 
 Filled = tuple[Column, Callable[[ModelFigures], Cell]]

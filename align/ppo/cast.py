@@ -35,6 +35,7 @@ from align.logprobs import (
 )
 from align.ppo.maths import full_kl, token_entropy, token_logprobs
 from align.ppo.rewards import Episodes, Mixture, ModelReward, Reward, as_reward, same_tokenizer
+from align.quantised import same_base
 from reward.records import InputError, file_digest
 from reward.scoring import Aggregate, RewardScores
 
@@ -397,10 +398,10 @@ def _no_dropout(model: Any) -> None:
 
 
 def _is_adapter_on(folder: str | Path, model: Any) -> bool:
-    """Whether `folder` holds a PEFT adapter whose base has the same weights as the policy's."""
+    """Whether `folder` holds a PEFT adapter whose base has the same weights as the policy's, quantised alike."""
     from peft import PeftConfig
 
-    if not (Path(folder) / "adapter_config.json").is_file():
+    if not (Path(folder) / "adapter_config.json").is_file() or not same_base(str(folder), model):
         return False
     its, ours = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path), base_model(model).name_or_path
     return its == ours or same_weights(Path(its), Path(ours))

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, set_seed
 
 from align import ranks
+from align.checkpoints import keep_whole
 from align.config import ModelSection
 from align.decode import stop_ids
 from align.lean import lean_layers
@@ -157,6 +158,7 @@ class PPOTrainer(Trainer):
         if self.cast.reference is not self.cast.trained.policy:
             self.cast.reference.to(args.device)
         self.add_callback(_Course(self))
+        keep_whole(self)
         self.prefixes = self._make_lean()
 
     def _make_lean(self) -> str | None:
@@ -333,7 +335,7 @@ class PPOTrainer(Trainer):
         with ranks.gathered(self.model_wrapped), self.accelerator.autocast():
             r = sample_episodes(self.cast, self.processing_class, prompts, args, self.stop_ids, seeds)
         clipped = shape_and_estimate(r, args, self.kl_coef, self._reduce)
-        self.rollout, self.rollout_update = joined(ranks.collect(r.to("cpu"))).to(args.device), update
+        self.rollout, self.rollout_update = joined(ranks.collect(r.to("cpu"), in_step=True)).to(args.device), update
         self._figures = figures_of(r, self._reduce) | {"objective/kl_coef": self.kl_coef}
         if args.reward_clip is not None:
             self._figures["objective/score_clipped"] = float(self._reduce(clipped)) / args.world_size
@@ -381,7 +383,7 @@ class PPOTrainer(Trainer):
             self._close_update()
 
     def _close_update(self) -> None:
-        everywhere = ranks.collect(self._minis)
+        everywhere = ranks.collect(self._minis, in_step=True)
         drift = {name: [minis[0].pop(name) for minis in everywhere] for name in ("sampling/kl", "sampling/mismatch")}
         names = list(self._minis[-1])
         rows = [[[mini[name] for name in names] for mini in minis] for minis in everywhere]

@@ -28,8 +28,7 @@ from labeling_ui.chat_page import create_chat_app
 from labeling_ui.store import LabelStore
 from reward.aggregate import preferences
 from reward.records import InputError, split_of
-from tests.conftest import make_tiny_model
-from tests.labeling_ui.conftest import free_port
+from tests.conftest import free_port, make_tiny_model
 
 ORIGIN = "http://127.0.0.1:8766"
 ASKED = [{"role": "user", "content": "What is rain?"}]

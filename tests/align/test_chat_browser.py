@@ -16,12 +16,10 @@ from labeling_ui.server import first_link
 from labeling_ui.store import LabelStore
 from reward.aggregate import preferences
 from tests.align.test_chat import adapter, make_run
-from tests.conftest import make_tiny_model
-from tests.labeling_ui.conftest import WATCH, chromium, free_port, in_browser
+from tests.conftest import free_port, in_browser, make_tiny_model
+from tests.labeling_ui.conftest import WATCH
 from tests.labeling_ui.payloads import TEXTS, bare
 from tests.labeling_ui.test_hostile_pages import COVERED, KNOWN, STRANGE, assert_unharmed, read
-
-__all__ = ["chromium"]  # a fixture
 
 pytestmark = in_browser
 

@@ -136,8 +136,17 @@ def test_commands_and_options_are_these() -> None:
             "--temperature",
             "--seed",
         ],
+        "plan": ["config", "[overrides...]", "--gpus", "--gpu", "--gpu-memory", "--tflops"],
+        "data": [],  # a group, see below
         "lineage": ["run"],
         "schema": [],
+    }
+
+
+def test_commands_and_options_of_data_are_these() -> None:
+    group = typer.main.get_command(cli.app).commands["data"]
+    assert {name: [p.opts[-1] for p in command.params] for name, command in group.commands.items()} == {
+        "convert": ["source", "out", "--to", "--format", "--force"],
     }
 
 
@@ -152,7 +161,7 @@ def test_align_alone_prints_the_table_of_contents() -> None:
     ended = process()
     assert ended.returncode == 2
     assert ended.stderr.startswith("Usage: ")
-    assert ended.stderr.rstrip().splitlines()[-1].startswith("  schema")
+    assert ended.stderr.rstrip().splitlines()[-1].startswith("  data")
 
 
 @pytest.mark.parametrize(

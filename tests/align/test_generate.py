@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align.config import GenerationSection
 from align.data.render import prompt_ids
 from align.decode import Drawn
-from align.generate import Answer, Partial, batches, generate, generate_batch
+from align.generate import Answer, Partial, batches, generate, generate_batch, sample_together
 from reward.records import user_prompt
 
 QUESTIONS = [
@@ -81,8 +81,7 @@ def test_the_same_seed_gives_the_same_answers_whole_or_resumed(
     assert len(first) == 3
     torch.rand(17)  # whatever was drawn before does not matter
     assert collect(model, tokenizer, prompts, section, "seed") == first
-    for done in range(4):
-        assert collect(model, tokenizer, prompts, section, "seed", skip=done) == first[done:]
+    assert collect(model, tokenizer, prompts, section, "seed", numbers=[2, 0]) == [first[2], first[0]]
     assert collect(model, tokenizer, prompts, section, "other seed") != first
 
 
@@ -205,13 +204,49 @@ def test_the_text_is_without_special_tokens_and_outer_space(
 
 
 def test_partial_batches_survive_a_kill(tmp_path: Path) -> None:
-    partial = Partial(tmp_path / "p.jsonl")
-    partial.add([{"text": "é"}])
-    partial.add([{"text": "b"}])
-    with (tmp_path / "p.jsonl").open("a") as out:
-        out.write('[{"text": "cut sh')
-    again = Partial(tmp_path / "p.jsonl")
-    assert again.batches == [[{"text": "é"}], [{"text": "b"}]]
-    again.add([{"text": "c"}])
-    lines = (tmp_path / "p.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line)[0]["text"] for line in lines] == ["é", "b", "c"]
+    partial = Partial(tmp_path / "p")
+    partial.add(4, [["é"]])
+    partial.add(0, [["b"]])
+    cut = json.dumps([7, [["é"]]], ensure_ascii=False).encode()
+    with (tmp_path / "p" / "0.jsonl").open("ab") as out:
+        out.write(b"\n" + cut[:8])  # in the middle of a letter
+    again = Partial(tmp_path / "p")
+    assert again.batches == {4: [["é"]], 0: [["b"]]}
+    again.add(2, [["c"]])
+    with (tmp_path / "p" / "0.jsonl").open("ab") as out:
+        out.write(b"\n" + cut[:-1])
+    assert Partial(tmp_path / "p").batches == {4: [["é"]], 0: [["b"]], 2: [["c"]]}
+
+
+def test_what_other_processes_sampled_is_not_sampled_again(
+    model: Any, tokenizer: Any, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted on three processes and resumed on one, where nothing is left to do at the end."""
+    section = GenerationSection(max_new_tokens=8, batch_size=1)
+    loads: list[int] = []
+
+    def sampled(folder: str) -> list[Answer]:
+        def load() -> Any:
+            loads.append(1)
+            return model
+
+        return sample_together(load, tokenizer, prompts, section, "seed", tmp_path / folder, "sampling")
+
+    wanted = sampled("one")
+    answers = {
+        i: a
+        for indices, found in collect(model, tokenizer, prompts, section, "seed")
+        for i, a in zip(indices, found, strict=True)
+    }
+    assert wanted == [answers[i] for i in range(len(prompts))] and len(loads) == 1
+    for rank, numbers in ((2, [2]), (1, [1, 4])):
+        monkeypatch.setenv("RANK", str(rank))
+        partial = Partial(tmp_path / "several")
+        for number in numbers:
+            ((index,), (answer,)) = next(generate(model, tokenizer, prompts, section, "seed", [number]))
+            partial.add(number, [[index, answer.ids, answer.text, answer.finished]])
+    monkeypatch.setenv("RANK", "0")
+    assert sampled("several") == wanted and len(loads) == 2
+    own = [json.loads(line)[0] for line in (tmp_path / "several/0.jsonl").read_text("utf-8").splitlines() if line]
+    assert own == [0, 3]
+    assert sampled("several") == wanted and len(loads) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from align.runs import read_info
 from labeling_ui.accounts import Accounts
 from labeling_ui.store import LabelStore
 from reward.records import InputError, assistant_answer, read_jsonl, user_prompt
+from tests.conftest import free_port
 
 
 def comparison(number: int, split: str) -> dict[str, Any]:
@@ -148,12 +148,6 @@ def test_the_app_is_not_opened_to_others_in_clear_text(tmp_path: Path, store: Pa
             continue
         with pytest.raises(InputError, match=message):
             run_stage(config, "label")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ask(port: int, method: str, path: str, cookie: str, body: Any = None, origin: str | None = None) -> Any:

@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from align import prefix
+from align.lean import lean_reading
 from align.prefix import Layout, lay_out, layout_of, share_prefixes
+from reward.scoring import score_rows
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -188,6 +190,20 @@ def test_a_classifier_scores_the_last_token() -> None:
     for (name, mine), theirs in zip(shared.named_parameters(), plain.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_a_model_that_is_only_read_shares_what_its_rows_begin_with(laid_out: list[Layout]) -> None:
+    """Scoring does not say that it wants no cache; a model set up for reading needs none."""
+    plain = tiny("llama", AutoModelForSequenceClassification, num_labels=1).eval()
+    read = copy.deepcopy(plain)
+    lean_reading(read)
+    ids, mask, _ = batch(answers=4)
+    rows = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]
+    laid_out.clear()  # share_prefixes tried one
+    scores = score_rows(read, rows, 0, groups=[i // 4 for i in range(len(rows))])
+    assert scores == pytest.approx(score_rows(plain, rows, 0), abs=1e-5)
+    assert len(laid_out) == 1 and len(laid_out[0].ids_P) < mask.sum()
+    assert any("forward" in vars(m) for m in read.modules() if m.__class__.__name__.endswith("RMSNorm"))
 
 
 def test_a_copy_computes_with_its_own_weights() -> None:

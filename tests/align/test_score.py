@@ -49,10 +49,10 @@ def test_every_shape_of_line_gets_its_rewards(judge: Path, tmp_path: Path, capsy
     one, pair, several, messages = read_jsonl(tmp_path / "scored.jsonl")
     water, stone = (plain(judge, "What is rain?", answer) for answer in ("Water.", "Stone."))
     assert abs(water - stone) > 1e-3
-    assert one == rows[0] | {"reward": pytest.approx(water, abs=1e-6)}
-    assert (pair["chosen_reward"], pair["rejected_reward"]) == pytest.approx((water, stone), abs=1e-6)
-    assert several["rewards"] == pytest.approx([water, stone], abs=1e-6)
-    assert messages["reward"] == pytest.approx(water, abs=1e-6)
+    assert one == rows[0] | {"reward": pytest.approx(water, abs=1e-5)}
+    assert (pair["chosen_reward"], pair["rejected_reward"]) == pytest.approx((water, stone), abs=1e-5)
+    assert several["rewards"] == pytest.approx([water, stone], abs=1e-5)
+    assert messages["reward"] == pytest.approx(water, abs=1e-5)
 
     capsys.readouterr()
     score_file(str(judge), file, None)

@@ -263,7 +263,9 @@ def test_packed_conversations_do_not_see_each_other(make: Make, trainer_of: Call
             mixed = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss.item()
         assert abs(mixed - loss) > 1e-3
     rows = [(r["input_ids"], r["labels"]) for r in plain.train_dataset]
-    assert sorted(a + b for a, b in found) == sorted(ids for ids, _ in rows)
+    # All of them; what fills the last step (align.batches) is there twice.
+    assert {tuple(a + b) for a, b in found} == {tuple(ids) for ids, _ in rows}
+    assert len(rows) <= len(found) < 2 * len(rows)
 
 
 # Resume

@@ -118,7 +118,7 @@ def test_ignoring_it_is_said_ever_after(trained: dict[str, Config], tmp_path: Pa
     (said,) = read_info(config.folder("ppo"))["summary"]["reward_trust"]
     assert "which reward.trust: ignore let pass: " in said and "accuracy 0." in said
 
-    from align.compare.stage import notices_of_pipeline
+    from align.compare.telling import notices_of_pipeline
 
     told = notices_of_pipeline(
         careless.model_copy(update={"compare": careless.compare.model_copy(update={"judges": ["reward"]})}), True

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align.config import Config
 from align.config_file import load_config
 from align.pipeline import run_stage
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.distributed.launching import ENVIRONMENT, ROOT, launch_command, launcher_file
 
 CONFIG = """
 name: launched
@@ -48,28 +45,15 @@ def pipeline(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-def launcher_file(pipeline: Path, accelerate: str) -> str:
-    """One of the repository's, with a port of its own: another launcher may be at work on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = pipeline.with_name(accelerate)
-    own.write_text((ROOT / "configs/accelerate" / accelerate).read_text() + f"main_process_port: {port}\n")
-    return str(own)
-
-
 def launch(pipeline: Path, stage: str, accelerate: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launcher_file(pipeline, accelerate)]
-    command += ["-m", "align", stage, str(pipeline), *overrides]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    command = [*launch_command(pipeline.parent, accelerate), "-m", "align", stage, str(pipeline), *overrides]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
 
 
 def align_run(pipeline: Path, accelerate: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "align", "run", str(pipeline), *overrides]
-    command += ["--accelerate", launcher_file(pipeline, accelerate)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    command += ["--accelerate", str(launcher_file(pipeline.parent, accelerate))]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
 
 
 def check_adapter(config: Config, stage: str) -> None:

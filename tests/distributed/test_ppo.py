@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import os
-import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +25,12 @@ from transformers import (
 )
 
 from align import ranks
+from align.checkpoints import last_checkpoint
 from align.ppo.config import PPOConfig
 from align.ppo.trainer import PPOTrainer
-from align.training import last_checkpoint
 from reward.records import InputError
+from tests.distributed.launching import launched
 
-ROOT = Path(__file__).resolve().parents[2]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STEPS = 8  # optimiser steps of a run: 2 updates x 2 passes x 2 mini-batches
 LEARNING_RATE = 1e-3
@@ -220,28 +216,8 @@ def alone(folder: Path) -> Path:
 def launch(folder: Path, accelerate: str, *names: str) -> Path:
     """The runs on two processes; none of them is left behind, however it ends."""
     out = folder / accelerate.removesuffix(".yaml")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-    command += ["--config_file", str(ROOT / "configs/accelerate" / accelerate)]
-    command += [__file__, str(folder), str(out), *names]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=400)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0 and (out / "DONE").read_text() == " ".join(names), output[-6000:]
+    output = launched(folder, accelerate, [__file__, str(folder), str(out), *names], 400)
+    assert (out / "DONE").read_text() == " ".join(names), output[-6000:]
     return out
 
 

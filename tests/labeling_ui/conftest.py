@@ -6,7 +6,6 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,6 +21,7 @@ from labeling_ui.accounts import Accounts
 from labeling_ui.address import Address
 from labeling_ui.store import LabelStore, Project, Settings
 from reward.records import user_prompt
+from tests.conftest import free_port
 
 
 def comparison(number: int = 0, answers: int = 2, **extra: Any) -> dict[str, Any]:
@@ -149,14 +149,7 @@ def project(store: LabelStore) -> Project:
 
 # The pages
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-FLAGS += ["--no-first-run", "--disable-sync", "--disable-quic"]
 PASSWORD = "correct horse battery"
-in_browser = [
-    pytest.mark.skipif(CHROMIUM is None, reason="CHROMIUM IS NOT INSTALLED: the pages are not tested"),
-    pytest.mark.browser,
-]
 # What the page's policy stopped from running or loading is not to have been tried.
 WATCH = """
 window.__tried = [];
@@ -165,12 +158,6 @@ addEventListener("securitypolicyviolation", (event) => {
     window.__tried.push(`${event.effectiveDirective} ${event.blockedURI}`);
 }, true);
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Server:
@@ -200,15 +187,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield server
     server.stop()
     server.store.close()
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

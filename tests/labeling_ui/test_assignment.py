@@ -174,8 +174,8 @@ def test_the_same_label_sent_again_is_stored_once(store: LabelStore) -> None:
     lease = assigner.next("ann")
     assert lease is not None
     said = {"order": list(lease.order), "value": 3}
-    event, following = assigner.label("ann", lease.token, "k", said)
-    again, same = assigner.label("ann", lease.token, "k", said)
+    event, following, _ = assigner.label("ann", lease.token, "k", said)
+    again, same, _ = assigner.label("ann", lease.token, "k", said)
     assert again == event and same is not None and following is not None and same.token == following.token
     with pytest.raises(InputError, match="a different value"):
         assigner.label("ann", lease.token, "k", {**said, "value": 5})
@@ -243,6 +243,26 @@ def test_undo_goes_back_one_by_one_and_forward_again_in_order(store: LabelStore)
     assert lease is not None and lease.item.key not in keys
 
 
+@on_both
+def test_progress_follows_whatever_is_labelled_skipped_and_taken_back(store: LabelStore) -> None:
+    assigner, drawn = make(store, items=6, overlap=2), random.Random(1)
+    for step in range(40):
+        name = f"ann-{drawn.randrange(3)}"
+        try:
+            lease = assigner.undo(name, f"u{step}") if drawn.random() < 0.4 else assigner.next(name)
+        except Refused:  # others have filled what they skipped
+            continue
+        order = None if lease is None else list(lease.order)
+        if lease is not None and drawn.random() < 0.6:
+            assigner.label(name, lease.token, f"l{step}", {"order": order, "value": 2})
+        elif lease is not None and drawn.random() < 0.5:
+            assigner.skip(name, lease.token, f"s{step}", {"order": order, "reason": "cannot tell"})
+        given = [event.annotator for event in store.labels(assigner.project)]
+        for person in ("ann-0", "ann-1", "ann-2"):
+            progress = assigner.progress(person)
+            assert (progress.mine, progress.given) == (given.count(person), len(given))
+
+
 def test_undo_is_twenty_deep(store: LabelStore) -> None:
     assigner = make(store, items=UNDO_DEPTH + 3)
     assert assigner.undo("ann", "none") is None
@@ -261,7 +281,7 @@ def test_a_skipped_item_goes_to_others_and_never_comes_back(store: LabelStore) -
     assert lease is not None
     with pytest.raises(InputError, match="needs a reason"):
         assigner.skip("ann", lease.token, "s", {"order": list(lease.order), "reason": " "})
-    _, following = assigner.skip("ann", lease.token, "s", {"order": list(lease.order), "reason": "cannot tell"})
+    _, following, _ = assigner.skip("ann", lease.token, "s", {"order": list(lease.order), "reason": "cannot tell"})
     assert following is not None and following.item.key != lease.item.key
     assert answer(assigner, following) is None
     assert work(assigner, "bob") == [lease.item.key]
@@ -285,7 +305,7 @@ def test_rankings_speak_of_answers_or_of_places(store: LabelStore) -> None:
     assigner = make(store, mode="ranking", criteria=("style",))
     lease = assigner.next("ann")
     assert lease is not None
-    event, following = assigner.label(
+    event, following, _ = assigner.label(
         "ann", lease.token, "a", {"ranking": [[2], [0, 1]], "ratings": {"style": {"3": 5}}}
     )
     places = lease.order

@@ -591,10 +591,10 @@ def lived(store: LabelStore) -> Project:
         assert lease is not None
         if number == 2:
             said["ratings"] = {"x": {str(lease.order[0]): 3}}
-        _, lease = assigner.label("ann", lease.token, f"k{number}", {"order": list(lease.order), **said})
+        _, lease, _ = assigner.label("ann", lease.token, f"k{number}", {"order": list(lease.order), **said})
     lease = assigner.undo("ann", "u0")
     assert lease is not None
-    _, lease = assigner.label("ann", lease.token, "k3", {"order": list(lease.order), "value": 1})
+    _, lease, _ = assigner.label("ann", lease.token, "k3", {"order": list(lease.order), "value": 1})
     assert lease is not None
     assigner.skip("ann", lease.token, "s0", {"order": list(lease.order), "reason": "not my field", "flag": "=odd"})
     lease = assigner.next("bob")

@@ -18,7 +18,8 @@ import pytest
 from labeling_ui import formula, render
 from labeling_ui.render import TAGS, answer_html, visible
 from labeling_ui.store import Project, Settings
-from tests.labeling_ui.conftest import Server, comparison, in_browser, painted, press
+from tests.conftest import in_browser
+from tests.labeling_ui.conftest import Server, comparison, painted, press
 from tests.labeling_ui.payloads import NAMES, PAYLOADS, TEXTS, bare, chunks, judged
 from tests.labeling_ui.test_formula import COMMON
 from tests.labeling_ui.test_render import Page

@@ -87,10 +87,10 @@ def test_skips_and_what_was_taken_back(store: LabelStore) -> None:
     assigner = Assigner(store, project)
     lease = assigner.next("ann")
     assert lease
-    _, lease = assigner.label("ann", lease.token, "one", {"order": list(lease.order), "value": 1, "seconds": 5})
+    _, lease, _ = assigner.label("ann", lease.token, "one", {"order": list(lease.order), "value": 1, "seconds": 5})
     assert lease
     skip = {"order": list(lease.order), "reason": "I cannot tell", "flag": "foreign language"}
-    _, lease = assigner.skip("ann", lease.token, "two", skip)
+    _, lease, _ = assigner.skip("ann", lease.token, "two", skip)
     assert lease
     assigner.label("ann", lease.token, "three", {"order": list(lease.order), "value": 4, "flag": "x"})
     ann = of(quality(store, project, FEW), "ann")

@@ -20,8 +20,9 @@ from align.config import STAGES, Config
 from align.config_file import load_config
 from align.pipeline import run_pipeline, run_stage
 from align.runs import read_info
-from reward.records import InputError, read_jsonl
+from reward.records import InputError, prompt_text, read_jsonl
 from reward.scoring import score_rows
+from tests.conftest import Stopped, stopped_after
 
 CONFIG = """
 name: tiny
@@ -32,8 +33,9 @@ sft: {{max_steps: 20, per_device_train_batch_size: 2, max_length: 128, learning_
 sample: {{max_new_tokens: 12, answers_per_prompt: 3, batch_size: 16}}
 reward: {{max_steps: 6, per_device_train_batch_size: 4, learning_rate: 1.0e-2, save_steps: 2, trust: ignore}}
 dpo: {{max_steps: 6, per_device_train_batch_size: 4, learning_rate: 1.0e-2, save_steps: 2}}
-ppo: {{total_episodes: 32, per_device_train_batch_size: 8, response_length: 12, learning_rate: 1.0e-3, save_steps: 1}}
-compare: {{max_new_tokens: 12}}
+ppo: {{total_episodes: 32, per_device_train_batch_size: 8, response_length: 12, learning_rate: 1.0e-3, save_steps: 1,
+  keep_policies: 2}}
+compare: {{max_new_tokens: 12, checkpoint_prompts: 6, best_of_n: 2}}
 """
 
 
@@ -164,6 +166,26 @@ def test_preferences_train_in_trl_as_they_are(config: Config, tmp_path: Path) ->
     assert result.metrics["train_loss"] == pytest.approx(0.6931, abs=1e-3)  # log 2 at initialisation
 
 
+def test_the_policies_along_the_way_are_looked_back_on(config: Config) -> None:
+    """What was answered for the verdict is the first and the last point of the course, to the last digit."""
+    report = json.loads((config.folder("compare") / "report.json").read_text())
+    course = report["overoptimisation"]
+    assert (course["proxy_name"], course["gold_name"]) == ("the reward model", "the simulated preference")
+    assert [point["step"] for point in course["checkpoints"]] == [0, 1, 3, 4]
+    assert course["best_of_n"]["n"] == [1, 2] and len(course["sentences"]) == 3
+    prompts = {prompt_text(row["prompt"]) for row in read_jsonl(config.folder("compare") / "answers.jsonl")[:6]}
+    for model, point in (("sft", course["checkpoints"][0]), ("ppo", course["checkpoints"][-1])):
+        scores = [
+            answer["scores"]["simulated preference"]
+            for example in report["examples"]
+            for answer in example["answers"]
+            if answer["model"] == model and example["prompt"] in prompts
+        ]
+        assert len(scores) == point["gold"]["n"] == 6
+        assert point["gold"]["mean"] == pytest.approx(sum(scores) / 6, abs=1e-3)
+    assert course["checkpoints"][0]["kl"]["mean"] == 0 < course["checkpoints"][-1]["kl"]["mean"]
+
+
 def test_the_report_is_there_and_loud_about_simulation(config: Config) -> None:
     report = json.loads((config.folder("compare") / "report.json").read_text())
     assert [model["name"] for model in report["models"]] == ["base", "sft", "dpo", "ppo"]
@@ -177,10 +199,6 @@ def test_the_report_is_there_and_loud_about_simulation(config: Config) -> None:
 # -- stopping and going on -------------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
-    """Stands in for a kill: nothing of ours catches it."""
-
-
 @pytest.mark.parametrize("stage", ["sample", "compare"])
 def test_generating_stages_go_on_where_they_stopped(
     config: Config, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
@@ -190,11 +208,11 @@ def test_generating_stages_go_on_where_they_stopped(
 
     real, written = Partial.add, []
 
-    def add(self: Partial, batch: list[Any]) -> None:
+    def add(self: Partial, *batch: Any) -> None:
         if len(written) == 1:
             raise Stopped
         written.append(batch)
-        real(self, batch)
+        real(self, *batch)
 
     monkeypatch.setattr(Partial, "add", add)
     with pytest.raises(Stopped):
@@ -208,23 +226,10 @@ def test_generating_stages_go_on_where_they_stopped(
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo", "ppo"])
-def test_training_stages_resume_to_the_same_weights(
-    config: Config, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from align.training import _Bar
-
+def test_training_stages_resume_to_the_same_weights(config: Config, tmp_path: Path, stage: str) -> None:
     other = copy_of(config, tmp_path, stage)
-    real = _Bar.on_step_end
-
-    def stop(self: _Bar, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        real(self, args, state, control, **extra)
-        if state.global_step == 5:
-            raise Stopped
-
-    monkeypatch.setattr(_Bar, "on_step_end", stop)
-    with pytest.raises(Stopped):
+    with stopped_after(5):
         run_stage(other, stage)
-    monkeypatch.setattr(_Bar, "on_step_end", real)
     assert run_stage(other, stage).resuming
     for file in sorted((config.folder(stage) / "model").glob("*.safetensors")):
         assert (other.folder(stage) / "model" / file.name).read_bytes() == file.read_bytes(), file.name

@@ -10,7 +10,7 @@ import pytest
 
 from align.compare.report import write_report
 from tests.align.compare.test_report import make_report
-from tests.labeling_ui.conftest import CHROMIUM, FLAGS, in_browser
+from tests.conftest import in_browser
 
 pytestmark = in_browser
 
@@ -44,15 +44,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ]
     folder = tmp_path_factory.mktemp("pages")
     return {name: write_report(report, folder / name) for name, report in (("known", known), ("hostile", hostile))}
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
