@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align import reward_heads
+from align import ranks, reward_heads
 from align.config import AdapterSection, ModelSection
 from reward.records import InputError, file_digest
 
@@ -204,7 +206,7 @@ def embedded_model() -> Path:
     # Unpacked beside its place and moved there in one step: two processes may race, nobody sees half a model.
     unpacked = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unpack-"))
     try:
-        _unpack(files[0], unpacked)
+        _unpack_alone(files[0], unpacked)
         try:
             unpacked.rename(folder)
         except OSError:
@@ -217,6 +219,18 @@ def embedded_model() -> Path:
 
 def cache_folder() -> Path:
     return Path(os.environ.get("ALIGN_CACHE") or Path.home() / ".cache" / "align-rlhf")
+
+
+def _unpack_alone(gguf: Path, folder: Path) -> None:
+    """Unpack where no launcher is: in a launch, transformers saves weights on its first process only, and under ZeRO-3
+    it splits them as it loads."""
+    if ranks.world_size() == 1:
+        _unpack(gguf, folder)
+        return
+    program = "import sys; from pathlib import Path; from align import models; models._unpack(*map(Path, sys.argv[1:]))"
+    launched = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "RANK", "WORLD_SIZE")
+    alone = {key: value for key, value in os.environ.items() if not key.startswith(launched)}
+    subprocess.run([sys.executable, "-c", program, str(gguf), str(folder)], env=alone, check=True)
 
 
 def _unpack(gguf: Path, folder: Path) -> None:

