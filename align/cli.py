@@ -7,6 +7,7 @@ Imports are late on purpose: `align --help` must not pay for torch.
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -184,6 +185,30 @@ def chat(
 
 
 @app.command()
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Say what is wrong with the data of every stage, before anything is trained."""
+    from align.check import command
+    from align.config_file import load_config
+
+    command.check(load_config(config, overrides or []), typer.echo)
+
+
+@app.command()
+def inspect(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="Which stage; without it, the first.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Rows shown.")] = 3,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
+) -> None:
+    """Show rows of a stage token by token, and which tokens are trained."""
+    from align.config_file import load_config
+    from align.inspect import command
+
+    command.inspect(load_config(config, overrides or []), stage, n, html, typer.echo)
+
+
+@app.command()
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -194,12 +219,13 @@ def plan(
 ) -> None:
     """Say what every stage will take, before anything is loaded: memory, time, batch sizes, launcher."""
     from align.config_file import load_config
+    from align.pipeline import after_prepare
     from align.plan import planning, report
     from align.training import calm_libraries
 
     machine = planning.machine_of(gpus, gpu, gpu_memory, tflops)
     with calm_libraries():
-        planned = planning.plan(load_config(config, overrides or []), machine)
+        planned = planning.plan(after_prepare(load_config(config, overrides or [])), machine)
     typer.echo(report.as_text(planned))
 
 
@@ -245,6 +271,8 @@ def main() -> None:
     from reward.records import InputError
 
     stopping.listen()
+    # As it is imported (by peft, before any stage begins), it tells everybody of a kernel that only 4-bit bases use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False)
     except InputError as error:

@@ -13,35 +13,32 @@ from __future__ import annotations
 
 import typing
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from align.config_base import FilePath as FilePath
+from align.config_base import PathOrName as PathOrName
+from align.config_base import Section as Section
+from align.config_data import DATA_KEYS as DATA_KEYS
+from align.config_data import AugmentSection as AugmentSection
+from align.config_data import BalanceSection as BalanceSection
+from align.config_data import DataSection as DataSection
+from align.config_data import DataSource as DataSource
+from align.config_data import PrepareSection as PrepareSection
 from align.config_fields import KeyProblem, LibrarySection, check_extras, config_fields
 from reward.records import InputError
 
-StageName = Literal["sft", "sample", "label", "reward", "dpo", "ppo", "compare"]
-STAGES: tuple[StageName, ...] = typing.get_args(StageName)
+StageName = Literal["prepare", "sft", "sample", "label", "reward", "dpo", "ppo", "compare"]
+PREPARE: StageName = "prepare"  # comes first, and only where its section is there
+STAGES: tuple[StageName, ...] = typing.get_args(StageName)[1:]
 POLICIES = ("sft", "dpo", "ppo")  # the stages whose folder holds a policy
 
-
-class PathMark:
-    """Marks a string that is a path on disk, so that it can be resolved against the place where it was written."""
-
-
-class PathOrNameMark:
-    """Marks a string that is a folder where there is one of this name, and else a name (of a hub model, of a stage)."""
-
-
-FilePath = Annotated[str, PathMark()]
-PathOrName = Annotated[str, PathOrNameMark()]
 
 # Adapter keys that the stage and its model decide.
 ADAPTER_OWNED_KEYS = {
@@ -77,19 +74,6 @@ OWNED_KEYS = {
     "push_to_hub": "push the finished run folder with `hf upload` instead",
     "resume_from_checkpoint": "an interrupted stage resumes by itself when it is started again",
 }
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python counts true as 1; a learning rate of `true` is a slip, not 1.0."""
-        annotation = cls.model_fields[info.field_name].annotation if info.field_name else None
-        if isinstance(value, bool) and {annotation, *typing.get_args(annotation)} & {int, float}:
-            raise ValueError(f"is {str(value).lower()}, but a number is wanted")
-        return value
 
 
 class AdapterSection(LibrarySection, Section):
@@ -219,16 +203,6 @@ class ModelSection(Section):
     trust_remote_code: bool = Field(
         False, description="Run code that comes with a hub model. Only for models you trust."
     )
-
-
-class DataSection(Section):
-    demonstrations: FilePath | None = Field(None, description="JSONL of prompts with good answers, for sft.")
-    prompts: FilePath | None = Field(
-        None, description="JSONL of further prompts for sample, ppo and compare, beside the demonstrations' own."
-    )
-    preferences: FilePath | None = Field(None, description="JSONL of preference pairs, for label.source: dataset.")
-    test_share: float = Field(0.2, gt=0, lt=1, description="Share of prompts held out of all training, by prompt hash.")
-    max_rows: int | None = Field(None, gt=0, description="Use only the first rows of each file; for trying things out.")
 
 
 class SftSection(EpochSection):
@@ -588,9 +562,16 @@ class Config(Section):
         "runs", description="Folder that holds all run folders; by default in the working directory."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every stage.")
-    stages: list[StageName] = Field([*STAGES], min_length=1, description="Stages that `align run` goes through.")
+    stages: list[StageName] = Field(
+        [*STAGES],
+        min_length=1,
+        description="Stages that `align run` goes through; prepare comes first where its section is there.",
+    )
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
+    prepare: PrepareSection | None = Field(
+        None, description="What is done to the data first; null: the stages read the files of `data` as they are."
+    )
     sft: SftSection = Field(default_factory=SftSection)
     sample: SampleSection = Field(default_factory=SampleSection)
     label: LabelSection = Field(default_factory=LabelSection)
@@ -604,7 +585,24 @@ class Config(Section):
     def _in_order(cls, stages: list[StageName]) -> list[StageName]:
         if len(set(stages)) < len(stages):
             raise ValueError(f"is {stages}, where a stage is named twice; name each of them once")
-        return [stage for stage in STAGES if stage in stages]
+        return [stage for stage in (PREPARE, *STAGES) if stage in stages]
+
+    @model_validator(mode="after")
+    def _prepared_or_not(self) -> Self:
+        if self.prepare is None:
+            if PREPARE in self.stages:
+                raise KeyProblem(
+                    "stages", "`stages` names prepare, but there is no section `prepare`: add `prepare: {}`"
+                )
+            return self
+        for key in DATA_KEYS:
+            if getattr(self.prepare, key) and getattr(self.data, key):
+                raise KeyProblem(
+                    f"prepare.{key}", f"`prepare.{key}` and `data.{key}` both say where the {key} come from: keep one"
+                )
+        if PREPARE not in self.stages:
+            self.stages = [PREPARE, *self.stages]
+        return self
 
     @model_validator(mode="after")
     def _adapters_on_what_is_quantised(self) -> Self:
@@ -635,8 +633,28 @@ class Config(Section):
         return names
 
     def folder(self, stage: str) -> Path:
-        """The run folder of a stage: `runs/<name>/<n>-<stage>`."""
-        return Path(self.runs) / self.name / f"{STAGES.index(stage) + 1}-{stage}"
+        """The run folder of a stage: `runs/<name>/<n>-<stage>`, with 0 for prepare."""
+        number = (PREPARE, *STAGES).index(typing.cast(StageName, stage))
+        return Path(self.runs) / self.name / f"{number}-{stage}"
+
+    def sources(self, key: str) -> list[DataSource]:
+        """What the prepare stage makes a file of records from; none where the pipeline has no such records."""
+        given: list[DataSource] | None = getattr(self.prepare, key, None)
+        path: str | None = getattr(self.data, key)
+        return given or ([DataSource(path=path)] if path else [])
+
+    def prepared(self) -> Config:
+        """The config of the stages after prepare: they read what it wrote. Without that section, this one."""
+        if self.prepare is None:
+            return self
+        written = {key: str(self.folder(PREPARE) / f"{key}.jsonl") for key in DATA_KEYS if self.sources(key)}
+        return self.model_copy(
+            update={
+                "stages": [stage for stage in self.stages if stage != PREPARE],
+                "data": self.data.model_copy(update={**written, "max_rows": None}),
+                "prepare": None,
+            }
+        )
 
     def section(self, stage: str) -> Section:
         section: Section = getattr(self, stage)

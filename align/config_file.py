@@ -16,12 +16,11 @@ from align.config import (
     AdapterSection,
     Config,
     DpoSection,
-    PathMark,
-    PathOrNameMark,
     PpoSection,
     RewardSection,
     SftSection,
 )
+from align.config_base import PathMark, PathOrNameMark
 from align.config_fields import KeyProblem, config_fields, hint_schema, kind_of, shown, unknown_key, wanted_by
 from reward.records import InputError
 
@@ -163,8 +162,10 @@ def _resolve_paths(raw: dict[str, Any], section: type[BaseModel], folder: Path) 
             continue
         value = raw[key]
         inner = _section_type(field.annotation)
-        if inner and isinstance(value, dict):
-            _resolve_paths(value, inner, folder)
+        if inner and isinstance(value, dict | list):
+            for part in _listed(value):
+                if isinstance(part, dict):
+                    _resolve_paths(part, inner, folder)
         elif isinstance(value, str) and _is_path(field) and "://" not in value:
             raw[key] = _absolute(value, folder)
         elif _is_path(field, PathOrNameMark):
@@ -192,6 +193,7 @@ def _is_path(field: FieldInfo, kind: type = PathMark) -> bool:
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    options = tuple(inner for o in options for inner in (typing.get_args(o) if typing.get_origin(o) is list else (o,)))
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
@@ -221,7 +223,8 @@ def _sentence(errors: list[Any], path: Path, lines: _Lines) -> str:
     if error["type"] == "extra_forbidden":
         section: type[BaseModel] = Config
         for part in location[:-1]:
-            section = _section_type(section.model_fields[str(part)].annotation) or section
+            if isinstance(part, str):  # a number is the place in a list of sections
+                section = _section_type(section.model_fields[part].annotation) or section
         message = unknown_key(str(location[-1]), section.model_fields)
         return (
             f"{where}: {message}"

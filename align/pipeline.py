@@ -1,5 +1,6 @@
-"""The pipeline: seven stages in order, each from a config (and its parents' run folders) to one run folder.
+"""The pipeline: its stages in order, each from a config (and its parents' run folders) to one run folder.
 
+    0 prepare  files of `data`           -> the same, cleaned, mixed and split; only where the section is there
     1 sft      demonstrations            -> SFT model, the base of everything after it
     2 sample   prompts x policies        -> comparisons
     3 label    comparisons or a dataset  -> preferences
@@ -28,17 +29,19 @@ from typing import Any
 import yaml
 
 from align import progress, ranks
-from align.config import POLICIES, Config
-from align.runs import Run, is_done, open_run
+from align.config import DATA_KEYS, POLICIES, PREPARE, Config
+from align.runs import Run, done_digest, is_done, open_run
 from reward.records import InputError, file_digest
 
 # Keys that change how a stage runs or reports, not what comes out: they may differ between a start and its resumption.
 NEUTRAL_KEYS = {"logging_steps", "save_steps", "save_total_limit", "report_to", "run_name", "dataloader_num_workers"}
-NEUTRAL_KEYS |= {"ddp_timeout"}
+NEUTRAL_KEYS |= {"ddp_timeout", "processes", "too_long_share"}
 # What decides how people are asked, not what they said: their labels are an input of the stage by themselves.
 NEUTRAL_KEYS |= {"finish", "labels", "guidelines", "lease_seconds", "gold_share", "policy", "criteria", "blind_pairs"}
 NEUTRAL_KEYS |= {"uncertain_by", "parallel", "timeout", "retries", "api_key_env"}
 
+
+TRAINED = ("sft", "reward", "dpo", "ppo")  # their data is checked before they begin
 
 # What decides how the reward model is used, not what it is.
 USE_OF_REWARD = ("reward.trust", "reward.aggregate", "reward.lcb_coefficient")
@@ -90,6 +93,9 @@ def _compared(config: Config) -> list[str]:
 
 
 STAGES = {
+    "prepare": Stage(
+        "align.data.prepare.stage:run_prepare", lambda c: [], ["demonstrations", "prompts", "preferences"]
+    ),
     "sft": Stage("align.sft:run_sft", lambda c: [], ["demonstrations"], many=True),
     "sample": Stage("align.sample:run_sample", _sampled, ["demonstrations", "prompts"], many=True),
     "label": Stage("align.label:run_label", _labelled, ["preferences"]),
@@ -109,16 +115,23 @@ def run_stage(config: Config, name: str, *, force: bool = False) -> Run:
         InputError: the config, the data, a parent or the run folder is not fit for it.
     """
     stage = STAGES[name]
+    before = [PREPARE] if config.prepare and name != PREPARE and stage.files else []
+    if name != PREPARE:
+        config = after_prepare(config) if before else config.prepared()
     # A parent is a stage of this pipeline or, among the policies to sample from, the folder of any finished run.
-    parents = {p: config.folder(p) if p in STAGES else Path(p) for p in stage.parents(config)}
+    parents = {p: config.folder(p) if p in STAGES else Path(p) for p in [*before, *stage.parents(config)]}
 
     def prepared() -> dict[str, Any]:
         if name == "label" and config.label.source == "people" and ranks.is_first():
             importlib.import_module("align.label").collect(config)
-        if name == "ppo" and (force or not is_done(config.folder(name))) and all(map(is_done, parents.values())):
-            # Before the folder is opened: --force would remove a finished policy for a run that is then refused.
-            importlib.import_module("align.trust").pass_gate(config, config.ppo.rewards)
-        return stage_inputs(config, name)
+        inputs = stage_inputs(config, name)
+        # Before the folder is opened: --force would remove a finished policy for a run that is then refused.
+        if (force or not is_done(config.folder(name))) and all(map(is_done, parents.values())):
+            if name == "ppo":
+                importlib.import_module("align.trust").pass_gate(config, config.ppo.rewards)
+            if name in TRAINED and ranks.is_first():
+                importlib.import_module("align.check.command").before_stage(config, name)
+        return inputs
 
     ranks.start(patience(config, name))
     inputs = ranks.together(prepared)
@@ -132,7 +145,7 @@ def run_stage(config: Config, name: str, *, force: bool = False) -> Run:
         parents=parents,
         force=force,
         writer=ranks.is_first(),
-        labels_simulated=config.label.source == "simulated" and name not in ("sft", "sample"),
+        labels_simulated=config.label.source == "simulated" and name not in (PREPARE, "sft", "sample"),
     ) as run:
         ranks.wait()
         if ranks.share(run.finished):
@@ -156,7 +169,8 @@ def run_stage(config: Config, name: str, *, force: bool = False) -> Run:
 def run_pipeline(config: Config, *, force: bool = False, accelerate: Path | None = None) -> None:
     """All stages in order, skipping what is done; `accelerate` starts all but label under a launcher."""
     for name in config.stages:
-        stage_inputs(config, name)  # a missing file of the last stage is said before the first one starts
+        if config.prepare is None or name == PREPARE:
+            stage_inputs(config, name)  # a missing file of the last stage is said before the first one starts
     if accelerate and not accelerate.is_file():
         raise InputError(
             f"--accelerate {accelerate} does not exist: give a file such as configs/accelerate/zero2.yaml."
@@ -166,6 +180,17 @@ def run_pipeline(config: Config, *, force: bool = False, accelerate: Path | None
             _launch(config, name, force, accelerate)
         else:
             run_stage(config, name, force=force)
+
+
+def after_prepare(config: Config) -> Config:
+    """The config as the stages after prepare have it: their data is what prepare wrote.
+
+    Raises:
+        InputError: prepare has not run.
+    """
+    if config.prepare:
+        done_digest(config.folder(PREPARE))
+    return config.prepared()
 
 
 def patience(config: Config, name: str) -> int:
@@ -182,7 +207,9 @@ def stage_inputs(config: Config, name: str) -> dict[str, Any]:
     """
     stage = STAGES[name]
     inputs: dict[str, Any] = {"seed": config.seed}
-    sections = [name, "model", *(["data"] if stage.files else []), *(["label"] if name == "compare" else [])]
+    sections = [name, *(["data"] if stage.files else []), *(["label"] if name == "compare" else [])]
+    if name != PREPARE:
+        sections.append("model")
     for section in sections:
         for key, value in _flat(config.section(section).model_dump(mode="json"), section):
             neutral = key.rpartition(".")[2] in NEUTRAL_KEYS or key.startswith(("data.", "label.app.", "reward.gate."))
@@ -192,20 +219,35 @@ def stage_inputs(config: Config, name: str) -> dict[str, Any]:
         inputs |= {key: getattr(config.reward, key.partition(".")[2]) for key in USE_OF_REWARD}
     if stage.files:
         inputs |= {"data.test_share": config.data.test_share, "data.max_rows": config.data.max_rows}
-    for key in stage.files:
+    for key in stage.files if name != PREPARE else ():
         path = getattr(config.data, key)
         if path is None or (key == "preferences" and config.label.source != "dataset"):
             continue
         if not Path(path).is_file():
             raise InputError(f"data.{key}: {path} does not exist: give the path of a JSONL file.")
         inputs[f"file {path}"] = file_digest(path)
+    if name == PREPARE:
+        inputs |= _sources(config)
     if name == "label" and config.label.source == "people":
         inputs |= importlib.import_module("align.label").labels_digest(config)
     if name == "compare":
         inputs |= importlib.import_module("align.compare.places").weights_and_files(config)
-    if "sft" not in stage.parents(config) and name != "label":
+    if "sft" not in stage.parents(config) and name not in (PREPARE, "label"):
         for weights in sorted(Path(config.model.base).glob("*.safetensors")):
             inputs[f"file {weights}"] = file_digest(weights)
+    return inputs
+
+
+def _sources(config: Config) -> dict[str, Any]:
+    """The digests of all files that are prepared, and of the test sets; of a hub dataset, its name."""
+    open_source = importlib.import_module("align.data.files").open_source
+    places = [source.path for key in DATA_KEYS for source in config.sources(key)]
+    inputs: dict[str, Any] = {}
+    for place in [*places, *(config.prepare.decontaminate if config.prepare else [])]:
+        found = open_source(place)
+        inputs |= {f"file {part}": file_digest(part) for part in found.parts}
+        if not found.parts:
+            inputs[f"hub {place}"] = place
     return inputs
 
 

@@ -189,7 +189,8 @@ def done_digest(folder: Path) -> str:
     if not is_done(folder):
         stage = folder.name.partition("-")[2] or folder.name
         state = "has not finished (there is no DONE in it)" if folder.exists() else "does not exist"
-        raise InputError(f"{folder} {state}: run `align {stage} CONFIG` first, or `align run CONFIG` for all stages.")
+        command = "data prepare" if stage == "prepare" else stage
+        raise InputError(f"{folder} {state}: run `align {command} CONFIG` first, or `align run CONFIG` for all stages.")
     try:
         return str(json.loads((folder / "DONE").read_text("utf-8"))["digest"])
     except (ValueError, KeyError, TypeError):

@@ -22,7 +22,7 @@ from align.compare.likelihoods import AnswerFigures
 from align.compare.measuring import measure, reference_of
 from align.compare.schema import SCHEMA, Finding, ModelFigures, PpoCourse, Report
 from align.compare.texts import text_figures
-from align.config import STAGES, Config
+from align.config import PREPARE, STAGES, Config
 from align.data.load import load_demonstrations
 from align.data.render import prompt_ids
 from align.ppo.diagnosis import HEALTH
@@ -215,4 +215,4 @@ def _lineage(run: Run) -> list[Any]:
             told = {key: entry["summary"][key] for key in keys if key in entry["summary"]}
             step["labels"] = told | {"simulated": entry["simulated_labels"]}
         chain.append(step)
-    return sorted(chain, key=lambda step: STAGES.index(step["stage"]))
+    return sorted(chain, key=lambda step: (PREPARE, *STAGES).index(step["stage"]))

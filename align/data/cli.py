@@ -9,12 +9,12 @@ import typer
 
 from align.data.names import Kind, LayoutName
 
-app = typer.Typer(help="Convert data files.", rich_markup_mode=None)
+app = typer.Typer(help="Convert and prepare data files.", rich_markup_mode=None)
 
 
 @app.callback()
 def data() -> None:
-    """Convert data files."""
+    """Convert and prepare data files."""
 
 
 @app.command()
@@ -35,3 +35,24 @@ def convert(
     from align.data import convert as converter
 
     converter.convert(source, out, to, layout, force, typer.echo)
+
+
+@app.command()
+def prepare(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the pipeline.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as prepare.split=hash.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Redo it where its folder was made from other inputs.")
+    ] = False,
+) -> None:
+    """Stage 0: clean, mix and split the files of `data`, and report what was done."""
+    from align import pipeline
+    from align.config_file import load_config
+
+    given = overrides or []
+    loaded = load_config(config, given)
+    if loaded.prepare is None:
+        loaded = load_config(config, [*given, "prepare={}"])
+    pipeline.run_stage(loaded, "prepare", force=force)

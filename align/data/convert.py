@@ -19,14 +19,14 @@ from typing import IO
 
 from align.data.files import Placed, Source, open_source
 from align.data.formats import FORMATS, Format, check_same, columns_of, recognise
-from align.data.kinds import COLUMNS, become, check_possible, kind_of
+from align.data.kinds import COLUMNS, kind_of
 from align.data.layouts import Writer, check_held, laid_out, open_writer
 from align.data.names import Kind, LayoutName
+from align.data.reading import LOOKED_AT, Understood, understood
 from align.data.turns import CannotHold
 from labeling_ui.comparisons import answer_columns
 from reward.records import InputError, Record
 
-LOOKED_AT = 100  # rows whose format is compared before the first is converted
 EXAMPLE = 200  # characters of a turn that the example shows
 
 Say = Callable[[str], None]
@@ -133,19 +133,11 @@ class _Task:
     counts: Counts
 
     def run(self, first: Placed, rows: Iterator[Placed]) -> None:
-        checked = self._checked(first, rows)
-        for where, row in self.format.gather(checked) if self.format.gather else checked:
-            try:
-                records = self.format.read(row, where)
-            except CannotHold as reason:
-                self._drop(reason, where, row)
-                continue
-            if not self.counts.records and records:
-                check_possible(kind_of(records[0]), self.kind)
-            for record in records:
-                if record.get("split", "train") not in ("train", "test"):
-                    raise InputError(f"{where}: split is {record['split']!r}, but train or test is wanted.")
-                self._convert(where, record, row if len(records) == 1 else record)
+        for found in understood(self._checked(first, rows), self.format, self.kind):
+            if isinstance(found.made, CannotHold):
+                self._drop(found.made, found.where, found.row)
+            else:
+                self._write(found, found.made)
 
     def _checked(self, first: Placed, rows: Iterator[Placed]) -> Iterator[Placed]:
         """The rows, counted; whether all are in the first one's format, and where their columns begin to differ."""
@@ -166,25 +158,21 @@ class _Task:
                     self.counts.other = f"{where} ({', '.join(changes)})"
             yield where, row
 
-    def _convert(self, where: str, record: Record, row: Record) -> None:
-        """Write what a record becomes; `row` is what is listed where it becomes nothing."""
-        riders = record.keys() - set(COLUMNS[kind_of(record)])
-        for made in become(record, self.kind):
-            if isinstance(made, CannotHold):
-                self._drop(made, where, row)
-                continue
-            clean = _unmistakable(made, self.kind)
-            try:
-                laid = laid_out(self.layout, self.kind, clean)
-                self.write(laid)
-            except CannotHold as reason:
-                self._drop(reason, where, row)
-                continue
-            self.counts.columns |= riders - (clean if self.layout == "jsonl" else laid).keys()
-            self.counts.records += 1
-            if self.counts.records == 1:
-                for line in example(clean, self.kind, where):
-                    self.say(line)
+    def _write(self, found: Understood, made: Record) -> None:
+        clean = _unmistakable(made, self.kind)
+        try:
+            laid = laid_out(self.layout, self.kind, clean)
+            self.write(laid)
+        except CannotHold as reason:
+            self._drop(reason, found.where, found.row)
+            return
+        given = found.record or {}
+        riders = given.keys() - set(COLUMNS[kind_of(given)])
+        self.counts.columns |= riders - (clean if self.layout == "jsonl" else laid).keys()
+        self.counts.records += 1
+        if self.counts.records == 1:
+            for line in example(clean, self.kind, found.where):
+                self.say(line)
 
     def _drop(self, reason: CannotHold, where: str, row: Record) -> None:
         self.counts.reasons[str(reason)] += 1

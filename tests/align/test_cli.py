@@ -136,6 +136,8 @@ def test_commands_and_options_are_these() -> None:
             "--temperature",
             "--seed",
         ],
+        "check": ["config", "[overrides...]"],
+        "inspect": ["config", "[overrides...]", "--stage", "--n", "--html"],
         "plan": ["config", "[overrides...]", "--gpus", "--gpu", "--gpu-memory", "--tflops"],
         "data": [],  # a group, see below
         "lineage": ["run"],
@@ -147,6 +149,7 @@ def test_commands_and_options_of_data_are_these() -> None:
     group = typer.main.get_command(cli.app).commands["data"]
     assert {name: [p.opts[-1] for p in command.params] for name, command in group.commands.items()} == {
         "convert": ["source", "out", "--to", "--format", "--force"],
+        "prepare": ["config", "overrides", "--force"],
     }
 
 
@@ -154,7 +157,8 @@ def test_help_says_what_each_command_does() -> None:
     said = process("--help", env={"COLUMNS": "100", "PATH": ""}).stdout
     for number, name in enumerate(STAGES, start=1):
         assert f"  {name:<8} Stage {number}: " in said
-    assert list(pipeline.STAGES) == list(STAGES)
+    assert "Stage 0: " in process("data", "--help", env={"COLUMNS": "100", "PATH": ""}).stdout
+    assert list(pipeline.STAGES) == ["prepare", *STAGES]
 
 
 def test_align_alone_prints_the_table_of_contents() -> None:

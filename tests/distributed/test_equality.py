@@ -16,6 +16,8 @@ from tests.distributed.launching import stage_folder
 # What rounding in another order may do to a weight; measured: 9e-6, and 2e-2 where the last steps of the epochs have
 # other rows. Adam moves weights by up to 0.2 in these runs.
 TOLERANCE = 1e-4
+# And to what else is logged: norms of gradients and rewards of single answers grow as the runs go on; measured: 4e-4.
+LOGGED = 1e-3
 TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
 # Logged as the mean over the batches of a step; ratios of sums and extremes are other ones for other batches.
 OF_BATCHES = {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected", "min_reward", "max_reward"}
@@ -46,7 +48,9 @@ def check_same(runs: Path, stage: str, name: str, alone: str = "alone", *, other
         seen, wanted = (
             {k: v for k, v in each.items() if k not in left_out and not isinstance(v, list)} for each in (line, other)
         )
-        assert seen == pytest.approx(wanted, abs=TOLERANCE, rel=1e-4), f"{stage} {name}, step {line['step']}"
+        assert seen == pytest.approx(wanted, abs=LOGGED, rel=LOGGED), f"{stage} {name}, step {line['step']}"
+        if "loss" in wanted:
+            assert seen["loss"] == pytest.approx(wanted["loss"], abs=TOLERANCE), f"{stage} {name}, step {line['step']}"
     trained, wanted = weights(ours), weights(theirs)
     assert trained.keys() == wanted.keys()
     for key, weight in trained.items():

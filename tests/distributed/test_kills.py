@@ -54,8 +54,9 @@ def jobs_of(kills: int, saves: int, terminations: int) -> list[str]:
     """For each stage: so many kills at any moment and, where it trains, while a checkpoint is written."""
     jobs = []
     for stage in STAGES:
-        if kills or stage not in TRAINED:
-            jobs.append(f"{stage}:KILL:any:{max(kills, 1)}")
+        anywhere = kills if stage in TRAINED else max(kills + saves, 1)
+        if anywhere:
+            jobs.append(f"{stage}:KILL:any:{anywhere}")
         if stage in TRAINED:
             jobs.append(f"{stage}:KILL:save:{saves}")
         if stage in ("sample", "dpo", "ppo"):
