@@ -191,7 +191,7 @@ def test_wrong_type(file: Path, text: str, sentence: str) -> None:
         ("sample:\n  answers_per_prompt: 1\n", "but a number at least 2 is wanted."),
         ("sample:\n  policies: []\n", "`sample.policies` is [] (a list), but a list of at least 1 is wanted."),
         ("stages: []\n", "`stages` is [] (a list), but a list of at least 1 is wanted."),
-        ("stages: [sfd]\n", "`stages.0` is 'sfd' (text), but one of 'sft', 'sample', "),
+        ("stages: [sfd]\n", "`stages.0` is 'sfd' (text), but one of 'prepare', 'sft', 'sample', "),
         ("stages: [sft, dpo, sft]\n", "`stages` is ['sft', 'dpo', 'sft'], where a stage is named twice"),
         ("label:\n  source: crowd\n", "but one of 'simulated', 'dataset' or 'people' is wanted."),
         ("model:\n  dtype: float8\n", "but one of 'auto', 'float32', 'bfloat16' or 'float16' is wanted."),

@@ -16,6 +16,12 @@ from reward.scoring import score_rows
 from tests.conftest import write_jsonl
 
 
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on hardware without bfloat16, whose rounding would hide what is compared here."""
+    monkeypatch.setattr("align.models._cpu_has_bfloat16", lambda: False)
+
+
 @pytest.fixture(scope="module")
 def judge(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("judge")

@@ -130,6 +130,7 @@ def test_the_reward_model_scores_alike_wherever_it_is_loaded(config: Config) -> 
     )
     plain = PeftModel.from_pretrained(plain, folder, adapter_name="reward")
     plain.base_model.set_adapter(["default", "reward"])
+    quantised.compute_alike(plain)
     row = torch.tensor([ids[0]])
     assert float(plain.eval()(input_ids=row).logits[0, 0]) == pytest.approx(wanted[0], abs=1e-5)
 
