@@ -15,11 +15,13 @@ DATA_KEYS = ("demonstrations", "prompts", "preferences")
 
 
 class DataSection(Section):
-    demonstrations: FilePath | None = Field(None, description="JSONL of prompts with good answers, for sft.")
-    prompts: FilePath | None = Field(
-        None, description="JSONL of further prompts for sample, ppo and compare, beside the demonstrations' own."
+    demonstrations: FilePath | None = Field(
+        None, description="File of prompts with good answers, for sft: JSONL, JSON, CSV or Parquet."
     )
-    preferences: FilePath | None = Field(None, description="JSONL of preference pairs, for label.source: dataset.")
+    prompts: FilePath | None = Field(
+        None, description="File of further prompts for sample, ppo and compare, beside the demonstrations' own."
+    )
+    preferences: FilePath | None = Field(None, description="File of preference pairs, for label.source: dataset.")
     test_share: float = Field(0.2, gt=0, lt=1, description="Share of prompts held out of all training, by prompt hash.")
     max_rows: int | None = Field(None, gt=0, description="Use only the first rows of each file; for trying things out.")
     too_long_share: float = Field(
