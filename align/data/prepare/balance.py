@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import heapq
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def balanced(groups: Sequence[str], ratio: float, seed: int) -> list[int]:
         if len(members) <= most:
             kept += members
         else:
-            drawn = heapq.nsmallest(most, range(len(members)), key=lambda place, of=group: _hash(seed, of, place))
+            drawn = heapq.nsmallest(most, range(len(members)), key=functools.partial(_hash, seed, group))
             kept += [members[place] for place in drawn]
     return sorted(kept)
 

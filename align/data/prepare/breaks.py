@@ -38,7 +38,8 @@ def breaks_off(answer: str) -> str:
     text = answer.rstrip()
     fences = [*FENCED.finditer(text)] if "`" in text or "~~~" in text else []
     if fences and fences[-1].end() == len(text):
-        return "" if _closed(fences[-1]) else "in an open code block"
+        whole = _closed(fences[-1]) or fences[-1]["fence"][0] == "~"  # a row of tildes may be an ornament
+        return "" if whole else "in an open code block"
     line = text[text.rfind("\n") + 1 :]
     if _empty_item(text, line):
         return "at an empty list item"

@@ -77,7 +77,7 @@ class TestSet:
                     wholes.add(_whole(said))
         found, counts = np.unique(np.concatenate([*runs, np.empty(0, np.uint64)]), return_counts=True)
         shared = counts > max(TEMPLATE_TEXTS, TEMPLATE_SHARE * len(seen))
-        if not len(found) and not wholes:
+        if shared.all() and not wholes:
             raise InputError(
                 f"{source.name} has no text of at least {SHORTEST} different words: give the file of a test set in any "
                 "format, or with its questions in a column of text."

@@ -8,21 +8,23 @@ fewer than three words have no set worth comparing: they are alike where their e
 
 A signature holds, for each of 128 orders of all shingles (Broder 1997), the first one of the text. The share of places
 in which two signatures agree estimates the similarity without bias, with a standard deviation of sqrt(s (1 - s) / 128):
-0.035 at 0.8. Texts that are nowhere near the threshold are therefore never taken for alike, and those within 0.05 of it
-fall to either side; `similarity=` settles these by the texts themselves.
+0.035 at 0.8. Texts that are nowhere near the threshold are therefore never taken for alike; those within 0.05 of it
+fall to either side, and among thousands of rows that are all 0.7 alike to each other 3 in 100 find one that seems
+nearer. `similarity=` settles these by the texts themselves.
 
-    field               unit
-    rows                one text each
-    PERMUTATIONS        128; a signature takes 512 bytes
-    band                `width` neighbouring places of a signature; texts that agree in a whole band are candidates
+Names: `rows` are texts by number; a `band` is `width` neighbouring places of a signature, and rows that agree in a
+whole band are candidates. All of it is numpy: `sign` takes a sixth of the time of datasketch 2.0's MinHash (a third of
+that of its bulk interface), and its MinHashLSH takes 14 s and 790 MiB for 100,000 rows, where the keys of one band
+after another take a second and 8 bytes a row. datasketch is the oracle of the tests.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b, shake_128
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any
 from zlib import crc32
 
@@ -161,46 +163,63 @@ def clusters(signatures: Array, threshold: float, similarity: Callable[[int, int
     Args:
         signatures: (rows, PERMUTATIONS) of `sign`.
         threshold: least similarity within a cluster, over 0 and at most 1.
-        similarity: of two rows by number, where their signatures' estimate is not exact enough.
+        similarity: of two rows by number, where their signatures' estimate is not exact enough; rows of equal
+            signatures are not asked about.
 
     Returns:
         (rows,) int64, the number of the first row of each row's cluster: its own where it is alone, or the first.
     """
     assert 0 < threshold <= 1
+    # Equal signatures are one row from here on: short answers come a hundred thousand times.
+    first, same = _equal(signatures)
     # What the texts will decide is asked for three standard deviations below the threshold.
     slack = 3 * (threshold * (1 - threshold) / PERMUTATIONS) ** 0.5 if similarity else 0.0
-    earlier, later = _candidates(signatures, threshold, threshold - slack)
-    leaders = np.arange(len(signatures))
+    earlier, later = _candidates(signatures, first, threshold, threshold - slack)
+    leaders = list(range(len(signatures)))
 
     def estimated(one: int, other: int) -> float:
         return np.count_nonzero(signatures[one] == signatures[other]) / PERMUTATIONS
 
     alike = similarity or estimated
-    begins = np.flatnonzero(np.diff(later, prepend=-1))
-    for begin, end in pairwise([*begins.tolist(), len(later)]):
-        row = int(later[begin])
+    for row, pairs in groupby(_one_by_one(later, earlier), key=itemgetter(0)):
         # The leaders of earlier rows are settled. An earlier row that is alike stands for its whole cluster.
-        for leader in np.unique(leaders[earlier[begin:end]]).tolist():
+        for leader in sorted({leaders[other] for _, other in pairs}):
             if alike(leader, row) >= threshold:
                 leaders[row] = leader
                 break
-    return leaders
+    return np.array(leaders, np.int64)[first[same]]
 
 
-def _candidates(signatures: Array, threshold: float, least: float) -> tuple[Array, Array]:
-    """Pairs (earlier row, later row) that share a band and whose estimate is at least `least`, by later row.
+def _one_by_one(first: Array, second: Array) -> Iterator[tuple[int, int]]:
+    """Two arrays side by side as numbers of Python: a part at a time, since these take nine times the memory."""
+    for begin in range(0, len(first), COMPARED):
+        part = slice(begin, begin + COMPARED)
+        yield from zip(first[part].tolist(), second[part].tolist(), strict=True)
 
-    Within a band every row meets two others that share it: the first, and the one before it. Equal rows in their
-    thousands are so linked by as many pairs, and not by their square.
+
+def _equal(signatures: Array) -> tuple[Array, Array]:
+    """(distinct,) the first row of every signature, ascending, and (rows,) which of these each row is equal to."""
+    keys = np.ascontiguousarray(signatures).view(np.uint64) @ spread(PERMUTATIONS // 2, seed=4)
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return first[order], np.argsort(order)[group]
+
+
+def _candidates(signatures: Array, first: Array, threshold: float, least: float) -> tuple[Array, Array]:
+    """Pairs (earlier row, later row) of the rows `first` that share a band and whose estimate is at least `least`.
+
+    They come by later row, then by earlier. Within a band every row meets two others that share it: the first, and the
+    one before it. The pairs are so in proportion to the rows, whatever all rows have in common.
     """
-    rows, width = len(signatures), band_width(threshold)
-    found = np.empty(0, np.int64)  # a pair as one number: later * rows + earlier
-    keys = (_band(signatures, number % (PERMUTATIONS // width), width) for number in range(PERMUTATIONS // width + 1))
+    rows, width = len(first), band_width(threshold)
+    found = np.empty(0, np.int64)  # a pair as one number, places in `first`: later * rows + earlier
+    bands = PERMUTATIONS // width
+    keys = (_band(signatures, number % bands, width)[first] for number in range(bands + 1))
     for key, tie in pairwise(keys):
         new = np.setdiff1d(_met(key, tie), found)
-        good = estimate(signatures, new % rows, new // rows) >= least
+        good = estimate(signatures, first[new % rows], first[new // rows]) >= least
         found = np.union1d(found, new[good])
-    return found % rows, found // rows
+    return first[found % rows], first[found // rows]
 
 
 def band_width(threshold: float) -> int:

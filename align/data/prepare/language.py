@@ -24,7 +24,7 @@ TOO_SHORT = 30  # bytes of letters: about 30 letters of English, 15 of Russian o
 # A row is left out where the languages asked for have together at most this probability, and another at least that. The
 # second keeps lists of names and dishes, whose probability is spread; the first alone would not.
 UNLIKELY, SURE = 0.02, 0.6
-LOOKED_AT = 300  # characters of the last turn of the prompt, and of the answer
+LOOKED_AT = 150  # characters of the last turn of the prompt, and of the answer
 NO_LANGUAGE = "zxx"  # the model's label for numbers, markup and names
 
 _NOT_LETTERS = re.compile(r"[\W\d_]+")
@@ -83,7 +83,7 @@ def check_codes(codes: Sequence[str]) -> None:
     Raises:
         InputError: names the nearest known code.
     """
-    known = [label for label in _model().labels if label != NO_LANGUAGE]
+    known = sorted(label for label in _model().labels if label != NO_LANGUAGE)
     for code in codes:
         if code not in known:
             near = _nearest(code, known)

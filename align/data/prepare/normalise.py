@@ -59,7 +59,7 @@ def normalised(text: str) -> str:
 
 
 def _once(text: str) -> str:
-    if not text.isascii():
+    if not text.isascii() and _NOT_PLAIN.search(text):
         text = outside(CODE, text, _mended)
     if _UNSEEN.search(text):
         text = _seen(text)
@@ -68,6 +68,7 @@ def _once(text: str) -> str:
 
 # Broken characters
 
+_NOT_PLAIN = re.compile("[^\x00-\x7f‘’“”–—…•]")  # what most English texts have beside ASCII is never broken by itself
 _HALVES = re.compile("[\ud800-\udfff]")
 _OF_ENCODINGS = re.compile(r"mojibake|utf-?8|latin-?1|8859-|1252|\bencod|charset|garbled", re.IGNORECASE)
 

@@ -69,7 +69,7 @@ def repeats(answer: str) -> str:
 
     Two figures of Rae et al. 2021 (Gopher, arXiv 2112.11446, table A1), over prose without fenced code and tables: the
     share of words in runs of 10 that came before, and of characters in lines that came before. Gopher leaves web pages
-    out at 0.10 and 0.20; an answer is shorter, and a song of three verses with a refrain has 0.33, so here it is
+    out at 0.10 and 0.20; an answer is shorter, and a song of three verses with a refrain has up to 0.4, so here it is
     `REPEATED` for both. An answer given twice has 0.5. Answers of fewer than `FEWEST_WORDS` words are not judged,
     unless one letter stands `SAME_CHARACTER` times in a row.
     """

@@ -11,7 +11,7 @@ from align.data.prepare.normalise import normalise
 from align.data.prepare.quality import quality
 from align.data.prepare.scrub import scrub
 from align.data.prepare.steps import Left, Step
-from reward.records import Record
+from reward.records import Record, answer_text
 
 
 def row_steps(section: PrepareSection, kind: Kind) -> list[Step]:
@@ -39,6 +39,8 @@ def row_steps(section: PrepareSection, kind: Kind) -> list[Step]:
         steps.append(quality(section.quality))
     if section.scrub:
         steps.append(scrub(section.scrub))
+        if kind == "preference":  # a step of its own, so that the row it leaves out is listed as it was scrubbed
+            steps.append(Step("scrubbed pairs", _two_answers))
     return steps
 
 
@@ -57,6 +59,12 @@ def _fitting(least: int, longest: int | None, longest_prompt: int | None, record
     if longest is not None and sizes and max(sizes) > longest:
         return Left("with an answer that is too long", f"{max(sizes)} characters, at most {longest} are kept")
     return record
+
+
+def _two_answers(record: Record) -> Record | Left:
+    """The pair, unless its answers differed by nothing but what is now a mark."""
+    same = answer_text(record["chosen"]).strip() == answer_text(record["rejected"]).strip()
+    return Left("with identical chosen and rejected") if same else record
 
 
 def _answer_sizes(record: Record) -> list[int]:

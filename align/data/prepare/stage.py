@@ -27,8 +27,9 @@ from align.config_data import DATA_KEYS, DataSource, PrepareSection
 from align.data.names import Kind
 from align.data.prepare.augment import augmented
 from align.data.prepare.deciding import Array, Table, decide
+from align.data.prepare.rows import row_steps
 from align.data.prepare.steps import EXAMPLES, StepCount, text_of
-from align.data.prepare.working import SPLITS, Lost, Marks, Row, Task, Worked, worked
+from align.data.prepare.working import SPLITS, Lost, Marks, Row, Task, Worked, masked, worked
 from align.data.reading import records_of
 from align.data.turns import CannotHold
 from align.runs import Run
@@ -44,6 +45,7 @@ def run_prepare(config: Config, run: Run) -> dict[str, Any]:
 
     section = config.prepare or PrepareSection()
     keys = [key for key in DATA_KEYS if config.sources(key)]
+    row_steps(section, "prompt")  # an unknown language is said before anything is read
     if not keys:
         raise InputError("prepare has nothing to prepare: set data.demonstrations, data.prompts or data.preferences.")
     with ExitStack() as stack:
@@ -79,7 +81,7 @@ def read_in(config: Config, section: PrepareSection, key: str, work: Path, dropp
     with (work / f"{key}.jsonl").open("w", encoding="utf-8") as out, _Kept(work, key) as kept:
         for number, one in enumerate(sources):
             task = Task(key, kind, section, config.data.test_share, config.seed, signed)
-            rows = _rows(one, kind, config.data.max_rows, key, len(sources) > 1, reading, dropped)
+            rows = _rows(config, section, one, key, len(sources) > 1, reading, dropped)
             for told in worked(task, rows, section.processes):
                 _note(told, dropped, changed)
                 out.writelines(line + "\n" for line in told.lines)
@@ -106,10 +108,16 @@ _ARRAYS = ("keys", "prompt_ids", "asked", "hashed", "draws")
 
 
 def _rows(
-    source: DataSource, kind: Kind, max_rows: int | None, key: str, several: bool, count: StepCount, dropped: IO[str]
+    config: Config,
+    section: PrepareSection,
+    source: DataSource,
+    key: str,
+    several: bool,
+    count: StepCount,
+    dropped: IO[str],
 ) -> Iterator[Row]:
     """The records of a source, counted; rows that hold none are listed."""
-    name, found = records_of(source.path, kind, max_rows)
+    name, found = records_of(source.path, KINDS[key], config.data.max_rows)
     progress.say(f"  {key}: {source.path}, read as {name}")
     for where, row, _, made in found:
         count.rows_in += 1
@@ -117,7 +125,7 @@ def _rows(
             progress.say(f"  {key}: {count.rows_in:,} rows read")
         if isinstance(made, CannotHold):
             count.left_out[str(made)] += 1
-            _list(dropped, Lost(key, where, "read", str(made), "", row))
+            _list(dropped, Lost(key, where, "read", str(made), "", masked(row, section)))
             continue
         count.rows_out += 1
         if several:

@@ -8,9 +8,11 @@ from typing import Any
 
 from reward.records import Message, Record
 
-# A fenced block runs to its closing fence, or to the end where it is never closed. Each pattern reads a text once.
+# A fenced block runs to its closing fence, or to the end where it is never closed; "~~~ The end ~~~" begins none. Each
+# pattern reads a text once.
 _FENCED = (
-    r"^[ \t]*(?P<fence>`{3,}|~{3,})[^`\n]*(?![^\n])(?:\n(?![ \t]*(?P=fence))[^\n]*)*+(?:\n[ \t]*(?P=fence)[^\n]*)?"
+    r"^[ \t]*(?P<fence>`{3,}|~{3,}(?=[ \t]*[\w+#.-]*[ \t]*$))[^`\n]*(?![^\n])"
+    r"(?:\n(?![ \t]*(?P=fence))[^\n]*)*+(?:\n[ \t]*(?P=fence)[^\n]*)?"
 )
 FENCED = re.compile(_FENCED, re.MULTILINE)
 CODE = re.compile(_FENCED + r"|`[^`\n]+`", re.MULTILINE)

@@ -113,7 +113,7 @@ def work(task: Task, rows: list[Row]) -> Worked:
     """The rows through the steps of `align.data.prepare.rows`."""
     steps = _steps(task)
     told = Worked(counts=[StepCount(task.file, task.kind, step.name) for step in steps])
-    kept = [record for where, read in rows if (record := _through(steps, told, task.file, where, read)) is not None]
+    kept = [record for where, read in rows if (record := _through(steps, told, task, where, read)) is not None]
     told.lines = [json.dumps(record, ensure_ascii=False) for record in kept]
     told.marks = _marks(task, kept)
     return told
@@ -171,29 +171,40 @@ def _steps(task: Task) -> list[Step]:
     return _made[1]
 
 
-def _through(steps: list[Step], told: Worked, file: str, where: str, read: Record) -> Record | None:
+def masked(record: Record, section: PrepareSection) -> Record:
+    """A record as it may be listed: what is scrubbed from the result must not live on among what was left out."""
+    from align.data.prepare.scrub import scrubbed_record
+
+    return scrubbed_record(record, section.scrub) if section.scrub else record
+
+
+def _through(steps: list[Step], told: Worked, task: Task, where: str, read: Record) -> Record | None:
     record, changes, final = read, list[str](), False
+
+    def short(shown: Record) -> str:
+        return _short(masked(shown, task.section))
+
     for step, count in zip(steps, told.counts, strict=True):
         count.rows_in += 1
         made = step.apply(record)
         if isinstance(made, Left):
             count.left_out[made.reason] += 1
             if len(count.examples) < EXAMPLES:
-                count.examples.append({"reason": made.reason, "text": _short(record)})
-            told.lost.append(Lost(file, where, step.name, made.reason, made.detail, record))
+                count.examples.append({"reason": made.reason, "text": short(record)})
+            listed = masked(record, task.section)
+            told.lost.append(Lost(task.file, where, step.name, made.reason, made.detail, listed))
             return None
         count.rows_out += 1
         if made is not record:
             count.changed += 1
             if len(count.examples) < EXAMPLES:
-                before = "(not kept)" if step.private else _short(record)
-                count.examples.append({"before": before, "after": _short(made)})
+                before = "(not kept)" if step.private else short(record)
+                count.examples.append({"before": before, "after": short(made)})
             changes.append(step.name)
             final |= step.private
             record = made
     if changes:
-        # What is scrubbed must not live on in a list of changes.
-        told.changed.append(Changed(file, where, changes, None if final else read))
+        told.changed.append(Changed(task.file, where, changes, None if final else read))
     told.places.append(where)
     return record
 

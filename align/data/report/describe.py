@@ -98,10 +98,10 @@ def _languages(sample: Sequence[Record]) -> list[Group]:
 
 
 def _openings(sample: Sequence[Record]) -> list[Group]:
-    """The first words of the answers that are taught, in lower case, where at least two begin so."""
+    """The first words of the answers that are taught, in lower case, where one in a hundred, and two, begin so."""
     texts = [turns[0]["content"] for row in sample if (turns := row.get("completion") or row.get("chosen"))]
     openings = Counter(opening_of(text) for text in texts)
-    return groups_of(openings, len(texts), least=2, most=10)
+    return groups_of(openings, len(texts), least=max(2, len(texts) // 100), most=10)
 
 
 def opening_of(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from align.config import Config
 from align.data.report.schema import UNTOLD, FileFigures, Look
+from align.inspect.tokens import inert
 
 MOST_LEFT_OUT = 0.2  # share of the rows read that preparation left out, for other reasons than these and duplicates:
 ASKED_FOR = ("max_rows", "mixture", "balance")
@@ -26,7 +27,7 @@ def look_at(config: Config, files: Sequence[FileFigures]) -> list[Look]:
     """All findings, file by file."""
     checks = (_left_out, _duplicates, _few_rows, _unrendered, _too_long, _longer, _agreement, _openings, _languages)
     found = [
-        Look(file=file["key"], what=what, threshold=threshold)
+        Look(file=file["key"], what=inert(what), threshold=threshold)
         for file in files
         for check in (*checks, _sources, _augmented)
         for what, threshold in check(file)
@@ -98,7 +99,7 @@ def _unrendered(file: FileFigures) -> Told:
         yield (
             f"The chat template refuses {file['unrendered']:,} of {file['sampled']:,} sampled rows. "
             "`align check CONFIG` names one, with the reason.",
-            "any",
+            "any at all",
         )
 
 

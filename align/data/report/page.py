@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from markupsafe import Markup
+
 from align import progress
 from align.data.report.findings import percent
-from align.data.report.schema import FileFigures, Group, Lengths, Limit, Pairs, StepFigures, Told
+from align.data.report.schema import SAMPLED, FileFigures, Group, Lengths, Limit, Pairs, StepFigures, Told
+from align.inspect.tokens import inert
 from reward.page import COLOURS, INK, Plot, as_plot, drawing, environment
 
 BLUE = COLOURS[1]
@@ -23,6 +26,7 @@ OF = {"prompt": "Prompt", "answer": "Answer", "row": "Prompt and answer together
 def render_html(told: Told) -> str:
     """The page as one string of HTML."""
     templates = environment()
+    templates.finalize = _inert
     templates.filters |= {"percent": percent, "duration": progress.duration}
     template = resources.files("align.data.report").joinpath("report.html").read_text(encoding="utf-8")
     return templates.from_string(template).render(
@@ -30,7 +34,13 @@ def render_html(told: Told) -> str:
         files=[(file, plots_of(file), _groups(file), _doubles(file), _changes(file)) for file in told["files"]],
         rows=sum(file["rows"] for file in told["files"]),
         agreement=agreement,
+        most=SAMPLED,
     )
+
+
+def _inert(value: Any) -> Any:
+    """What the template writes: text of the data without control characters, such as those that turn a line round."""
+    return inert(value, kept=" \n\t\u00a0\u2060") if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 # Tables
@@ -92,7 +102,7 @@ def _lengths(file: FileFigures) -> Plot:
     from matplotlib.ticker import FixedLocator, NullLocator
 
     panels = file["lengths"]
-    figure = Figure(figsize=(4.8, 0.5 + 1.5 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(4.8, 0.6 + 1.15 * len(panels)), layout="constrained")
     every = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     edges = max((lengths["edges"] for lengths in panels), key=len)
     limits = [limit["limit"] for limit in file["limits"]]
@@ -106,7 +116,10 @@ def _lengths(file: FileFigures) -> Plot:
         axes.set_xlim(left, right)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("%")
-    ticks = edges[1:] if len(edges) < 9 else edges[1::2]
+    ticks = [edges[1]]
+    while ticks[-1] < right:
+        ticks.append(2 * ticks[-1])
+    ticks = ticks if len(ticks) < 9 else ticks[::2]
     every[-1].xaxis.set_major_locator(FixedLocator(ticks))
     every[-1].xaxis.set_minor_locator(NullLocator())
     every[-1].set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -114,8 +127,8 @@ def _lengths(file: FileFigures) -> Plot:
     dashed = " Dashed: the longest that a stage takes; what is right of it is left out." if limits else ""
     return as_plot(
         f"Lengths of {file['key']}",
-        f"Share of {file['sampled']:,} sampled rows by length in {file['unit']}. Each bar is twice as long as the one "
-        f"before.{dashed}",
+        f"Share of {file['sampled']:,} sampled rows by length in {file['unit']}. From one bar to the next, lengths "
+        f"double.{dashed}",
         figure,
         f"the table of lengths of {file['key']}",
     )

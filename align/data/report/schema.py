@@ -11,7 +11,7 @@ from typing import Literal, TypedDict
 from align.data.names import Kind
 
 SCHEMA: Literal[1] = 1
-SAMPLED = 5_000  # rows of a file whose tokens, language and openings are looked at
+SAMPLED = 2_000  # rows of a file whose tokens, language and openings are looked at: shares are good to 2 points
 UNTOLD = "hard to tell"  # in place of a language
 
 

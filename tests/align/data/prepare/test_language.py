@@ -131,6 +131,7 @@ def test_a_row_in_another_language_is_left_out_with_its_code() -> None:
         ("What is this?\n```\nfür jeden in der Liste, die wir haben, tue dies und das\n```", "A loop."),
         ("Where?", "https://de.wikipedia.org/wiki/Der_Bäcker_öffnet_seinen_Laden_jeden_Morgen_um_sechs"),
         ("Name four", "Lionel Messi, Cristiano Ronaldo, Zinedine Zidane, Diego Maradona"),
+        ("The moves?", "e4 e5 Nf3 Nc6 Bb5 a6 Ba4 Nf6 O-O Be7 Re1 b5 Bb3 d6 c3 O-O h3 Nb8 d4 Nbd7"),
         ("?", "x = [1, 2, 3]; y = {k: v}; 0xdeadbeef 3.14159 #ff00aa " * 4),
     ],
 )
@@ -148,7 +149,7 @@ def test_what_is_hard_to_tell_is_kept(asked: str, answer: str) -> None:
         ("english", "en"),
         ("german", "de"),
         ("jp", "ja"),
-        ("enn", "en"),
+        ("eng", "en"),
     ],
 )
 def test_an_unknown_code_is_refused_with_the_nearest(given: str, near: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import time
 
 import pytest
+from ftfy.badness import is_bad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +26,9 @@ WALES = "\U0001f3f4\U000e0067\U000e0062\U000e0077\U000e006c\U000e0073\U000e007f"
         ("schÃ¶n", "schön"),
         ("Itâ€™s water.", "It’s water."),
         ("Ð¿Ñ€Ð¸Ð²ÐµÑ‚", "привет"),
-        ("voilÃ  le travail", "voilà le travail"),
+        ("voil\u00c3 le travail", "voilà le travail"),  # the last byte of à became a space
+        ("日本 schÃ¶n", "日本 schön"),  # a line that was no one-byte encoding as a whole
+        ("schÃ¶n &amp; ﬁn, ＯＫ “ja”", "schön &amp; ﬁn, ＯＫ “ja”"),  # mended, and otherwise as it was
         ("A fine line, and â€œanotherâ€\x9d.", "A fine line, and “another”."),
         ("don\x92t", "don’t"),
         ("cafe\u0301", "café"),
@@ -111,6 +115,12 @@ def test_a_broken_encoding_is_undone(text: str) -> None:
     except UnicodeDecodeError:  # some bytes have no letter there
         return
     assert normalised(broken) == normalised(whole)
+
+
+def test_what_is_not_looked_at_would_not_have_been_mended() -> None:
+    """Texts of ASCII and the usual quotation marks and dashes are spared ftfy: no three of them look broken to it."""
+    signs = [*"‘’“”–—…•", *"aA1 .?!,(/", "\n"]
+    assert not any(is_bad("".join(three)) for three in itertools.product(signs, repeat=3))
 
 
 def demonstration(answer: str) -> Record:

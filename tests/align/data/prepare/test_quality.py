@@ -20,8 +20,8 @@ REFRAIN = (
     "Oh the river, oh the river, take me home before the night,\n"
     "let the lanterns on the water be our one and only light.\n"
 )
-SONG = REFRAIN.join(
-    VERSE.format(*words.split())
+SONG = "".join(
+    VERSE.format(*words.split()) + REFRAIN
     for words in ("long silver penny rumour", "dusty seven letter melody", "narrow frozen button whistle")
 )
 
@@ -49,6 +49,8 @@ ORDINARY = {
     "counting": ", ".join(map(str, range(1, 101))),
     "laughter": "Ha ha ha ha ha! " * 3,
     "a friend's letter": "Dear Ann,\n\nThank you for the book. I read it. Good.\n\nWith love from all of us,\nBob",
+    "a letter in one line": "Thank you for this. It helps us all. Yours sincerely, Ann Lee of the old town museum",
+    "some stops": "1. Floss your teeth.\n2. Write plans.\n3. Meditate\n4. Hear a talk about what you like",
     "a sign-off": "Thank you for writing to us. We will look into it. Please wait a day.\n\nBest regards,",
     "a quotation": "He had much to say. He said it. It was late.\n\n— Mark Twain, in a letter to an old friend of his",
     "Chinese": "太阳很大。今天天气很好。我们去公园散步，然后回家。",
@@ -66,6 +68,7 @@ ORDINARY = {
     "of buttons": "Make the label short, say “Click here to subscribe”, and put it on top.",
     "vitamins": "The one you get from oranges is vitamin C and the one from carrots is vitamin A",
     "a preposition": "That is the sort of holiday which all of us look forward to",
+    "an ornament": "So it ends.\n\n~~~\n\nThank you for reading this little story of mine to the end",
     "a face": "It did not work out. I tried. It rained. She was sad about it :(",
     "options": "It is (a), because b) and c) are both wrong",
 }  # fmt: skip

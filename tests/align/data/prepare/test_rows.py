@@ -47,7 +47,8 @@ def names(section: PrepareSection, kind: Kind) -> list[str]:
 def test_the_steps_that_are_switched_on_in_order() -> None:
     assert names(PrepareSection(), "demonstration") == ["normalise"]
     assert names(PrepareSection(normalise=False), "demonstration") == []
-    assert names(EVERYTHING, "preference") == ["normalise", "length", "language", "quality", "scrub"]
+    assert names(EVERYTHING, "demonstration") == ["normalise", "length", "language", "quality", "scrub"]
+    assert names(EVERYTHING, "preference")[-2:] == ["scrub", "scrubbed pairs"]
     assert names(EVERYTHING, "prompt") == ["normalise", "length", "language", "scrub"]
     assert names(PrepareSection(min_answer_chars=9, max_answer_chars=99), "prompt") == ["normalise"]
     assert names(PrepareSection(max_prompt_chars=9, quality=["refusal"]), "comparison") == ["normalise", "length"]
@@ -86,6 +87,18 @@ def test_a_rejected_answer_may_be_short_and_not_long() -> None:
     long = {**row, "rejected": assistant_answer("x" * 99)}
     assert isinstance(length(long, max_answer_chars=50), Left)
     assert isinstance(length(RECORDS["comparison"], max_answer_chars=5), Left)
+
+
+def test_a_pair_that_differs_by_an_address_alone_is_none_once_it_is_scrubbed() -> None:
+    pair = {
+        **RECORDS["preference"],
+        "chosen": assistant_answer("Ask ann@example.org."),
+        "rejected": assistant_answer("Ask bob@example.org."),
+    }
+    scrubbing, looking = row_steps(PrepareSection(normalise=False, scrub=["email"]), "preference")
+    scrubbed = scrubbing.apply(pair)
+    assert isinstance(scrubbed, dict) and looking.apply(scrubbed) == Left("with identical chosen and rejected")
+    assert looking.apply(pair) is pair
 
 
 def test_an_answer_that_is_labelled_bad_is_not_judged() -> None:

@@ -42,7 +42,7 @@ def broken(tmp_path: Path) -> Path:
         {"prompt": " What is rain?​ ", "completion": "Itâ€™s water.\r\n"},
         {"prompt": good[0]["prompt"], "completion": good[0]["completion"].upper()},
         {"prompt": good[1]["prompt"], "completion": good[1]["completion"] + " indeed"},
-        {"prompt": "Who wrote this?", "completion": "   "},
+        {"prompt": "Who wrote this, ann.bee@example.org?", "completion": "   "},
         {"prompt": "How do I reach you?", "completion": "Write to ann.bee@example.org, please, whenever you like."},
         {"prompt": sentence(9000, 20), "completion": sentence(9001, 20)},
     ]
@@ -58,7 +58,7 @@ def test_every_step_leaves_its_trace(broken: Path, tmp_path: Path, tiny_model: P
     assert run.info["summary"] == {"demonstrations": {"rows in": 36, "rows out": 32}}
     assert len(kept) == 32 and {row["split"] for row in kept} == {"train", "test"}
     assert kept[30]["prompt"][0]["content"] == "What is rain?"
-    assert kept[30]["completion"][0]["content"] == "It's water."
+    assert kept[30]["completion"][0]["content"] == "It’s water."
     assert kept[31]["completion"][0]["content"].startswith("Write to <email>, please")
 
     dropped = {

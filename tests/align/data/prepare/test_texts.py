@@ -29,6 +29,7 @@ def upper(text: str) -> str:
         ("a ` b", "A ` B"),
         ("a `b\nc` d", "A `B\nC` D"),  # not across lines
         ("```a``` b", "```a``` B"),  # in a line
+        ("~~~ the end ~~~\na", "~~~ THE END ~~~\nA"),  # an ornament
     ],
 )
 def test_what_is_code_is_left_alone(text: str, wanted: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -23,9 +24,10 @@ from align.data import report
 from align.data.prepare.steps import StepCount
 from align.data.report import findings
 from align.data.report.costs import GPU
-from align.data.report.describe import opening_of
+from align.data.report.describe import _openings, opening_of
 from align.data.report.lengths import lengths_of, limits_of, sizes_of, whole
 from align.data.report.page import render_html
+from align.data.report.schema import SAMPLED
 from align.data.report.tally import Tally, groups_of
 from align.data.report.writing import MOST_LINES
 from align.plan import planning
@@ -46,7 +48,7 @@ def demonstration(prompt: str, answer: str, split: str = "train", **more: Any) -
     return {"prompt": user_prompt(prompt), "completion": assistant_answer(answer), "split": split, **more}
 
 
-def tally_of(rows: list[Record], kind: Any = "preference", size: int = 5_000) -> Tally:
+def tally_of(rows: list[Record], kind: Any = "preference", size: int = SAMPLED) -> Tally:
     tally = Tally(kind, 0, size)
     for row in rows:
         tally.add(row)
@@ -286,6 +288,14 @@ def test_the_lines_that_are_said(make: Make) -> None:
     assert all("look at" in line for line in lines[2:]) and 0 < len(lines) - 2 <= MOST_LINES + 1
 
 
+def test_the_lines_that_are_said_do_nothing_to_a_terminal() -> None:
+    answers = [demonstration(str(number), "\x1b[2J\u202eGo away now") for number in range(40)]
+    file = quiet_file(openings=_openings(answers))
+    told = hostile_report() | {"look_at": findings.look_at(config_of(), [file]), "files": [file]}
+    lines = report.sentences(told)  # type: ignore[arg-type]
+    assert any("\\x1b[2j" in line for line in lines) and all(line.isprintable() for line in lines)
+
+
 @pytest.mark.parametrize(("text", "wanted"), [
     ("Sure,  I can help.", "sure, i can"), ("Yes", "yes"), ("", ""), ("水" * 200, "水" * 60), (" \n\t", ""),
 ])  # fmt: skip
@@ -427,7 +437,8 @@ def test_what_strangers_wrote_is_inert_on_the_page() -> None:
     reading.feed(page)
     assert not reading.tags & {"script", "img", "iframe", "object", "embed", "form"} and reading.handlers == []
     assert "&lt;script&gt;alert(1)" in page and "{{ 7 * 7 }}" in page
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "://" not in page.replace("http://www.w3.org", "")
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", page) and "\\u202e" in page
 
 
 def test_a_report_without_rows_is_a_page_too() -> None:
@@ -438,11 +449,11 @@ def test_a_report_without_rows_is_a_page_too() -> None:
 
 def test_a_large_file_is_sampled_and_said_so(tmp_path: Path) -> None:
     rows = random.Random(0)
-    made = [demonstration(f"{number} {rows.random()}", "x " * 5) for number in range(5_200)]
+    made = [demonstration(f"{number} {rows.random()}", "x " * 5) for number in range(2_200)]
     write_jsonl(tmp_path / "demonstrations.jsonl", made)
     told = report.describe(config_of(stages=["sft"]), [], {"demonstrations": tmp_path / "demonstrations.jsonl"}, None)
-    assert told["files"][0]["sampled"] == 5_000 < told["files"][0]["rows"] == 5_200
-    assert "5,000 demonstrations, drawn by the seed" in render_html(told)
+    assert told["files"][0]["sampled"] == SAMPLED < told["files"][0]["rows"] == 2_200
+    assert "2,000 demonstrations, drawn by the seed" in render_html(told)
 
 
 def test_the_report_loads_no_model_library_before_it_is_asked() -> None:
