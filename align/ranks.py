@@ -56,15 +56,25 @@ def start(patience: int = PATIENCE) -> None:
     import torch
     from accelerate import PartialState
 
+    fsdp_wants_a_gpu()
+    _end_with_launcher()
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=patience))
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _store = torch.distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=30))
+
+
+def fsdp_wants_a_gpu() -> None:
+    """
+    Raises:
+        InputError: the launcher's file asks for FSDP, and there is no GPU.
+    """
+    import torch
+
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         raise InputError(
             "FSDP wants GPUs, and there are none: accelerate would leave it out without a word. Give the launcher "
             "configs/accelerate/cpu.yaml or zero3.yaml."
         )
-    _end_with_launcher()
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=patience))
-    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    _store = torch.distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=30))
 
 
 def leave() -> None:
@@ -268,30 +278,42 @@ def loading_whole() -> Iterator[None]:
 
 
 def is_split(model: Any) -> bool:
-    """Whether this process holds but a part of the weights: ZeRO-3."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    """Whether this process holds but a part of the weights: ZeRO-3, FSDP2."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters()) or _is_sharded(model)
+
+
+def _is_sharded(model: Any) -> bool:
+    from align import split
+
+    return world_size() > 1 and bool(split.units(model))
 
 
 @contextlib.contextmanager
 def gathered(model: Any, trained_only: bool = False) -> Iterator[None]:
     """Inside, every process holds the whole weights; what is written to them is lost afterwards.
 
-    Only ZeRO-3 splits weights, and there each layer's hooks gather it for the time of its own forward pass, which all
-    processes must then make together. Inside, the hooks are off: each process may sample for as long as its own answers
-    take. Otherwise this does nothing. All processes must come here.
+    Only ZeRO-3 and FSDP2 split weights, and there each layer's hooks gather it for the time of its own forward pass,
+    which all processes must then make together. Inside, the hooks are off: each process may sample for as long as its
+    own answers take. Otherwise this does nothing. All processes must come here.
 
     Args:
         model: what the launcher made of the model, or the model.
         trained_only: only the weights with gradients, to be saved; no forward pass can be made.
     """
-    split = [p for p in model.parameters() if hasattr(p, "ds_id") and (p.requires_grad or not trained_only)]
-    if not split:
+    if _is_sharded(model):
+        from align import split
+
+        with split.whole_trained(model) if trained_only else split.whole_units(model):
+            yield
+        return
+    parts = [p for p in model.parameters() if hasattr(p, "ds_id") and (p.requires_grad or not trained_only)]
+    if not parts:
         yield
         return
     import deepspeed
 
     offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
-    with deepspeed.zero.GatheredParameters(split):
+    with deepspeed.zero.GatheredParameters(parts):
         if offload is None or trained_only:
             yield
             return

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from align import progress, ranks
 from align.check import record
@@ -73,10 +74,19 @@ def before_stage(config: Config, stage: str) -> None:
         progress.say(f"  {stage}: {finding.what}")
 
 
-def _calm() -> AbstractContextManager[None]:
-    from align.training import calm_libraries  # late: it imports the libraries that it calms
+@contextmanager
+def _calm() -> Iterator[None]:
+    """Without the tokenizers' advice. Not `align.training.calm_libraries`: the trainers cost seconds to import."""
+    import transformers
 
-    return calm_libraries()
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def told(findings: Iterable[Finding]) -> list[str]:

@@ -49,8 +49,9 @@ def path_of(config: Config) -> Path:
 def known(config: Config, stage: str) -> dict[str, Any] | None:
     """What check.json says of the stage; None where it says nothing that can be read."""
     said = _read(path_of(config)).get(stage)
-    whole = isinstance(said, dict) and said.keys() >= {"files", "settings", "refused", "warned"}
-    return said if whole and isinstance(said["files"], dict) else None
+    if not isinstance(said, dict) or not said.keys() >= {"files", "settings", "refused", "warned"}:
+        return None
+    return said if isinstance(said["files"], dict) else None
 
 
 def keep(config: Config, stage: str, looked_at: tuple[dict[str, str], str], findings: list[Finding]) -> None:

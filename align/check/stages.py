@@ -11,7 +11,7 @@ from align.check import texts
 from align.check.adapters import adapter_fits
 from align.check.findings import Finding, refused
 from align.check.reading import Reader, Rows
-from align.check.templates import alike, places_of, tokenizer_of
+from align.check.templates import alike, model_of, places_of, tokenizer_of
 from align.check.tokens import Limits, control_tokens, look
 from align.config import PREPARE, Config
 from align.config_data import DATA_KEYS
@@ -52,8 +52,8 @@ class Preflight:
         self.given = config
         self.config = config.prepared()
         self.reader = Reader(self.config)
-        self._tokenizers: dict[bool, Any] = {}
-        self._texts: dict[tuple[int, bool], list[Finding]] = {}
+        self._tokenizers: dict[str, Any] = {}  # by the folder of the model
+        self._texts: dict[tuple[int, str], list[Finding]] = {}  # by the rows and the tokenizer's folder
 
     def examine(self, stage: str) -> Checked:
         """Look at everything that the stage reads. What reading itself refuses is a finding too."""
@@ -82,14 +82,18 @@ class Preflight:
         return Checked(stage, told, findings)
 
     def _tokenizer(self, stage: str) -> Any:
-        foreign = stage == "reward" and self.config.reward.base is not None
-        if foreign not in self._tokenizers:
-            self._tokenizers[foreign] = tokenizer_of(self.config, stage)
-        return self._tokenizers[foreign]
+        place = model_of(self.config, stage)
+        if place not in self._tokenizers:
+            self._tokenizers[place] = tokenizer_of(self.config, stage)
+        return self._tokenizers[place]
+
+    def _foreign(self, stage: str) -> bool:
+        """Whether the stage's model reads pairs in a way of its own, which is built with the model."""
+        return stage == "reward" and self.config.reward.base is not None
 
     def _of_texts(self, stage: str, rows: Rows, tokenizer: Any) -> list[Finding]:
-        foreign = tokenizer is self._tokenizers.get(True)
-        known = self._texts.get((id(rows), foreign))
+        key = id(rows), model_of(self.config, stage)
+        known = self._texts.get(key)
         if known is None:
             known = [*texts.of_both_sides(stage, rows, self._others()), *texts.left_out(stage, rows)]
             if rows.kind != "prompt":
@@ -99,10 +103,10 @@ class Preflight:
                 known += texts.unlike_only_in_case(stage, rows)
                 known += texts.exchanged(stage, rows, self.config.seed)
             known += texts.rendered_before(stage, rows)
-            if not foreign:
+            if not self._foreign(stage):
                 known += texts.control_tokens_in(stage, rows, *control_tokens(tokenizer))
             if rows.path is not None:  # those of a file live as long as this; an id may be used again else
-                self._texts[id(rows), foreign] = known
+                self._texts[key] = known
         return [replace(finding, stage=stage) for finding in known]
 
     def _others(self) -> list[Rows]:
@@ -113,13 +117,12 @@ class Preflight:
             return []
 
     def _of_tokens(self, stage: str, rows: Rows, tokenizer: Any) -> tuple[str, list[Finding]]:
-        if tokenizer is self._tokenizers.get(True):
-            # A reward model on another base reads pairs in its own way, which its stage builds with the model.
+        if self._foreign(stage):
             return rows.told, []
         limits = limits_of(self.config, stage, rows.kind)
         seen = look(stage, rows, tokenizer, limits, self.config.seed)
-        longest = f"the longest that stays has {seen.longest:,} of {limits.longest:,}"
-        return f"{rows.told}; {seen.rows:,} looked at as tokens, {longest}", seen.findings
+        longest = f"{seen.longer:,} too long, the longest other one has {seen.longest:,} of {limits.longest:,}"
+        return f"{rows.told}; {seen.rows:,} looked at as tokens: {longest}", seen.findings
 
 
 def limits_of(config: Config, stage: str, kind: Kind) -> Limits:

@@ -6,6 +6,7 @@ shares from which something is refused stand below: under them noise is likelier
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import Counter, defaultdict
@@ -24,6 +25,7 @@ MOST_LEFT_OUT = 0.5  # of the rows that reading found unusable
 SAID_LEFT_OUT = 0.05
 FEWEST_PAIRS = 30  # below which nothing is said of which side is the better one
 ALIKE_TOLD = 0.9  # of the pairs that tell: so many on one side look like exchanged columns
+SHORTER = 0.6  # of the pairs: where people choose, the chosen answer is the shorter one in 0.3 to 0.55 of them
 READ = 2000  # pairs that are searched for refusals, drawn by a seed
 RENDERED = 0.5  # of the prompts: so many with marks of turns in their text have been through a template already
 
@@ -168,14 +170,16 @@ def _by_refusals(stage: str, rows: Rows, seed: int) -> list[Finding]:
 
 def _by_length(stage: str, rows: Rows) -> list[Finding]:
     lengths = [[len(answer_text(record[side])) for side in ("chosen", "rejected")] for record in rows.records]
-    shorter = sum(2 * chosen < rejected for chosen, rejected in lengths)
-    if shorter < 0.8 * len(lengths):
+    known = [(chosen, rejected) for chosen, rejected in lengths if chosen != rejected]
+    shorter = sum(chosen < rejected for chosen, rejected in known)
+    # The lower end of the share's 95 % interval: two standard deviations of a fair coin are the root of the count.
+    if not known or shorter - math.sqrt(len(known)) < SHORTER * len(known):
         return []
     return [
         warned(
             stage,
-            f"in {part(shorter, len(lengths), 'pairs')} of {rows.key} the chosen answer is less than half as long as "
-            "the rejected one, while people mostly prefer the longer: are chosen and rejected exchanged?",
+            f"in {part(shorter, len(known), 'pairs')} of {rows.key} the chosen answer is the shorter one, while people "
+            "mostly prefer the longer: are chosen and rejected exchanged?",
         )
     ]
 
@@ -209,10 +213,10 @@ def _measured(record: Record) -> Iterator[tuple[str, _Path, _Path]]:
     """(name for people, where chosen's number is, where rejected's is) of the columns that measure the answers."""
     for column, value in record.items():
         if column in ("scores", "ranks", "ratings") and isinstance(value, list) and len(value) == 2:
-            yield f"the column {column}", (column, 0), (column, 1)
+            yield f"the column {short(column)}", (column, 0), (column, 1)
         other = column.replace("chosen", "rejected")
         if "chosen" in column and other in record and _MEASURES.search(column.lower()):
-            yield f"the columns {column} and {other}", (column, None), (other, None)
+            yield f"the columns {short(column)} and {short(other)}", (column, None), (other, None)
 
 
 def _number(record: Record, path: _Path) -> float | None:

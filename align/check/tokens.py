@@ -46,9 +46,10 @@ class Limits:
 
 @dataclass
 class Seen:
-    """What was looked at: how many rows, and the tokens of the longest that stays."""
+    """What was looked at: how many rows, how many are too long, and the tokens of the longest that stays."""
 
     rows: int = 0
+    longer: int = 0
     longest: int = 0
     findings: list[Finding] = field(default_factory=list)
 
@@ -70,7 +71,7 @@ def look(stage: str, rows: Rows, tokenizer: Any, limits: Limits, seed: int) -> S
     found += _too_long(stage, rows, sizes, limits)
     fitting = [size for size in sizes if size <= limits.longest]
     found += _past_context(stage, rows, fitting, limits)
-    return Seen(len(indices), max(fitting, default=0), found)
+    return Seen(len(indices), len(sizes) - len(fitting), max(fitting, default=0), found)
 
 
 def drawn(count: int, seed: int) -> list[int]:

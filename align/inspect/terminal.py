@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.cells import cell_len
@@ -17,7 +18,7 @@ STYLE: dict[Role, str] = {"context": "", "loss": "bold green", "score": "bold ye
 WIDTH = 100  # columns where nothing says how many there are
 READING = (
     "Every token is its id and its text; ␣ is a space, \\n a line break, \\… a part of a character. "
-    "What carries loss stands on lines that begin with `loss`."
+    "What carries loss stands on lines that begin with `loss`; where a score is read, with `score`."
 )
 
 
@@ -65,14 +66,14 @@ def _row(row: Row, width: int) -> Iterator[Text]:
 
 
 def _part(part: Part, width: int) -> Iterator[Text]:
-    yield Text(f"  {part.name}: {part.counts}")
+    yield from _wrapped(f"{part.name}: {part.counts}", width, "  ", "    ")
     for role, tokens in part.runs:
         for line in _broken(tokens, width - 10):
             yield _gutter(role).append_text(_cells(line, role))
 
 
 def _gutter(role: Role) -> Text:
-    return Text(f"{GUTTER[role]:>7} ", style=STYLE[role]).append("| ", style="dim")
+    return Text().append(f"{GUTTER[role]:>7} ", style=STYLE[role]).append("| ", style="dim")
 
 
 def _cells(tokens: Sequence[Token], role: Role) -> Text:
@@ -101,7 +102,8 @@ def _broken(tokens: Iterable[Token], width: int) -> Iterator[list[Token]]:
         yield line
 
 
-def _wrapped(text: str, width: int) -> Iterator[Text]:
-    import textwrap
-
-    yield from map(Text, textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False))
+def _wrapped(text: str, width: int, first: str = "", rest: str = "") -> Iterator[Text]:
+    lines = textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+    yield from map(Text, lines)

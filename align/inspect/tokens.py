@@ -92,6 +92,11 @@ def visible(text: str) -> str:
     return "".join(SHOWN.get(c) or (c if c.isprintable() else _escaped(ord(c))) for c in text)
 
 
+def inert(text: str, kept: str = " \n") -> str:
+    """The text with what could act on a terminal or turn a line round written out, for people: the rest stays."""
+    return "".join(c if c.isprintable() or c in kept else _escaped(ord(c)) for c in text)
+
+
 def _escaped(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 

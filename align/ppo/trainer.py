@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer import SCHEDULER_NAME
 
 from align import ranks
 from align.checkpoints import keep_whole
@@ -155,6 +157,8 @@ class PPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self._check_launcher()
+        # Where FSDP reads which layers to gather at a time; else the whole model would be gathered in every step.
+        self.cast.trained._no_split_modules = base_model(self.cast.trained.policy)._no_split_modules
         if self.cast.reference is not self.cast.trained.policy:
             self.cast.reference.to(args.device)
         self.add_callback(_Course(self))
@@ -173,10 +177,15 @@ class PPOTrainer(Trainer):
         return next(filter(None, map(share_prefixes, models)), None)
 
     def _check_launcher(self) -> None:
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise InputError(
-                "ppo samples with whole weights, and FSDP leaves each process a part of them: launch it as plain data "
-                "parallel or with DeepSpeed."
+                "ppo samples with whole weights, and version 1 of FSDP leaves each process a part of them: set "
+                "fsdp_version: 2 in the launcher's file, or launch ppo as plain data parallel or with DeepSpeed."
+            )
+        if self.is_fsdp_enabled and self.args.load_best_model_at_end:
+            raise InputError(
+                "load_best_model_at_end reads whole weights into a model that FSDP has split: leave it out, or launch "
+                "ppo as plain data parallel or with DeepSpeed."
             )
         if self.is_deepspeed_enabled and self.args.critic_warmup_updates:
             raise InputError(
@@ -462,8 +471,25 @@ class PPOTrainer(Trainer):
         }
         torch.save(state, Path(output_dir) / STATE.format(rank=self.args.process_index))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP the Trainer would write all weights too, the frozen base's with them; `save_model` did the rest."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """FSDP splits the weights here; those of a checkpoint are whole, so they are read before."""
+        if self.is_fsdp_enabled and resume_from_checkpoint is not None:
+            self.cast.trained.load(Path(resume_from_checkpoint))
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.cast.trained.load(Path(resume_from_checkpoint))
+        if not self.is_fsdp_enabled:
+            self.cast.trained.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:

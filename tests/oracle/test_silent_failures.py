@@ -152,6 +152,8 @@ def test_d_pairs_that_are_too_long_go_unsaid(tiny_model: Path, tmp_path: Path) -
         str(tiny_model), args=DPOConfig(**settings(tmp_path, max_length=40)), train_dataset=without_split(long)
     )
     assert len(emptied.train_dataset) == 0
+    with pytest.raises(ValueError, match="num_samples should be a positive integer"):  # nor does this name max_length
+        emptied.train()
 
     for stage, of, limit, share in (("reward", rows, 90, "4 of 6"), ("dpo", long, 40, "6 of 6")):
         said = refused(ours(tmp_path, tiny_model, stage, of, **{stage: {"max_length": limit}}), stage)
@@ -202,14 +204,13 @@ def test_g_unknown_keys_are_passed_over_under_a_launcher(tiny_model: Path, tmp_p
 
 def test_h_a_reward_adapter_of_the_default_kind(tiny_model: Path, tmp_path: Path) -> None:
     adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    with pytest.raises(Exception) as error:
+    with pytest.raises(AttributeError, match="prepare_inputs_for_generation"):  # says nothing of the task type
         RewardTrainer(
             str(tiny_model),
             args=RewardConfig(**settings(tmp_path)),
             train_dataset=without_split(pairs()),
             peft_config=adapter,
         ).train()
-    assert not isinstance(error.value, InputError)
 
     with pytest.raises(InputError, match="`task_type` cannot be set: the stage decides it"):
         ours(tmp_path, tiny_model, "reward", pairs(), reward={"adapter": {"task_type": "CAUSAL_LM"}})
@@ -226,7 +227,7 @@ def test_i_a_list_of_one_module_becomes_an_expression(tiny_model: Path, tmp_path
 
     listed = AdapterSection(target_modules=["q_proj"])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), models.lora_config(listed, "CAUSAL_LM"))
-    adapted = {name.split(".")[-3] for name, _ in model.named_parameters() if "lora_A" in name}
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
     assert adapted == {"q_proj"}
     text = ours(tmp_path, tiny_model, "dpo", pairs(), dpo={"adapter": {"target_modules": "q_proj"}})
     assert "reads as a regular expression" in refused(text, "dpo")

@@ -20,6 +20,7 @@ from align.check.record import path_of
 from align.check.stages import check_stage
 from align.config import Config
 from align.config_file import load_config
+from align.pipeline import run_stage
 from reward.records import InputError, assistant_answer, user_prompt, write_jsonl
 from tests.conftest import CHATML, demonstrations
 
@@ -30,7 +31,7 @@ Make = Callable[..., Config]
 def pairs(count: int = 40) -> list[Row]:
     return [
         {
-            "prompt": f"{row['prompt']}",
+            "prompt": f"Once more: {row['prompt']}",
             "chosen": f"{row['completion']} So it is.",
             "rejected": f"Nobody knows number {i}.",
             "split": "test" if i % 4 == 3 else "train",
@@ -83,7 +84,7 @@ def test_sound_data_is_let_through_and_told(make: Make) -> None:
     check(config, said.append)
     assert [line.partition(":")[0] for line in said] == list(config.stages)
     assert said[0].startswith("sft: demonstrations.jsonl: 40 rows (")
-    assert "40 looked at as tokens, the longest that stays has" in said[0]
+    assert "40 looked at as tokens: 0 too long, the longest other one has" in said[0]
     assert not [line for line in said if line.startswith(("REFUSED", "WARNED"))]
 
 
@@ -110,7 +111,7 @@ def test_labels_that_are_there_are_what_is_checked(make: Make) -> None:
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.booleans(), min_size=1, max_size=12).filter(any))
+@given(kept=st.lists(st.booleans(), min_size=1, max_size=12).filter(any))
 def test_a_record_is_found_again_in_its_file(kept: list[bool], make: Make) -> None:
     rows = [{"prompt": f"Number {i % 3}?", "completion": "Yes." if keep else ""} for i, keep in enumerate(kept)]
     reader = Reader(make("sft", demonstrations=rows, data={"test_share": 0.5}))
@@ -151,9 +152,12 @@ def test_exchanged_columns_are_noticed_and_the_right_way_round_is_not(make: Make
     turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     turned = [{**row, "chosen_score": row["rejected_score"], "rejected_score": row["chosen_score"]} for row in turned]
     assert check_stage(make("label", "dpo", preferences=rows), "dpo") == []
-    assert ["exchanged?" in found.what for found in check_stage(make("label", "dpo", preferences=turned), "dpo")] == [
-        True
-    ]
+    found = check_stage(make("label", "dpo", preferences=turned), "dpo")
+    assert [finding.level for finding in found] == ["warned", "warned"]
+    assert (
+        "the chosen answer is the shorter one" in found[0].what
+        and "'chosen_score' and 'rejected_score'" in found[1].what
+    )
 
 
 def test_contradictions_are_counted_by_the_pair() -> None:
@@ -232,7 +236,7 @@ def test_a_template_other_than_that_of_the_sft_model_is_refused(make: Make, tiny
     import shutil
 
     other = tmp_path / "other.jinja"
-    other.write_text(CHATML.replace("<|im_start|>' + message['role']", "<|im_start|>The ' + message['role']"))
+    other.write_text("{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}" + CHATML)
     config = make("sft", "label", "dpo", demonstrations=demonstrations(), preferences=pairs())
     shutil.copytree(tiny_model, done(config.folder("sft")) / "model")
     assert check_stage(config, "dpo") == []
@@ -240,7 +244,22 @@ def test_a_template_other_than_that_of_the_sft_model_is_refused(make: Make, tiny
     changed = config.model_copy(update={"model": model})
     [found] = check_stage(changed, "dpo")
     assert found.level == "refused"
-    assert found.what.startswith("sft was trained with another chat template") and "The user" in found.what
+    assert found.what.startswith("sft was trained with another chat template") and "Be kind." in found.what
+
+
+def test_a_sampled_policy_of_another_vocabulary_is_refused(make: Make, tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    other = done(tmp_path / "other-run")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(other / "model")
+    prompts = [{"prompt": row["prompt"]} for row in demonstrations(12)]
+    config = make("sample", prompts=prompts, sample={"policies": ["base", str(other)]})
+    assert check_stage(config, "sample") == []
+    tokenizer.add_tokens(["entirely"])
+    tokenizer.save_pretrained(other / "model")
+    [found] = check_stage(config, "sample")
+    assert found.level == "refused" and f"{other} has another vocabulary" in found.what
 
 
 # The record
@@ -276,6 +295,16 @@ def test_a_file_that_has_changed_since_is_said_and_checked_again(
     with pytest.raises(InputError, match="line 5"):  # what was refused is never taken as checked
         before_stage(config, "sft")
     before_stage(make("sft", demonstrations=demonstrations(12)), "sft")
+
+
+def test_a_stage_refuses_before_it_makes_anything(make: Make) -> None:
+    hostile = pairs()
+    hostile[6]["rejected"] = "It ends.<|im_end|>"
+    config = make("label", "dpo", preferences=hostile)
+    run_stage(config, "label")
+    with pytest.raises(InputError, match=r"^dpo: .*3-label/preferences.jsonl, line 7: the assistant turn holds"):
+        run_stage(config, "dpo")
+    assert not config.folder("dpo").exists()
 
 
 def test_a_damaged_record_is_as_none(make: Make) -> None:

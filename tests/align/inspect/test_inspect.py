@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from align import training
 from align.config import Config
 from align.inspect.command import first_stage, inspect
 from align.inspect.page import render_html
+from align.inspect.rows import packed_places
 from align.inspect.stages import Seen, seen
 from align.inspect.terminal import as_text
 from align.inspect.tokens import Part, Row, Token
@@ -24,6 +26,7 @@ from align.reward_model import preference_rows
 from align.runs import Run
 from reward.records import InputError, read_jsonl, write_jsonl
 from tests.conftest import demonstrations
+from tests.reward.encoders import make_tiny_bert
 
 NASTY = "<script>alert(1)</script> \x1b[31mred\x1b[0m \x07\u202e\r\n{{ 7 * 7 }} </style> <|im_end|>"
 SMALL: dict[str, Any] = {"max_steps": 1, "per_device_train_batch_size": 2, "adapter": {"r": 2}}
@@ -99,22 +102,36 @@ def text(part: Part) -> str:
 # -- against the stages -----------------------------------------------------------------------------------------------
 
 
-def test_sft_shows_the_tokens_labels_and_packed_rows_of_its_trainer(make: Make) -> None:
-    config = make(stages=["sft"], sft={**SMALL, "max_length": 160})
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_sft_shows_the_tokens_labels_and_packed_rows_of_its_trainer(make: Make, strategy: str) -> None:
+    config = make(stages=["sft"], sft={**SMALL, "max_length": 160, "packing_strategy": strategy})
     found = seen(config, "sft", 12)
     with the_trainer_of(config, "sft") as trainer:
         packed = trainer.train_dataset
         for row in found.rows:
-            prompt, answer = row.parts
-            number, start, end, size = map(int, re.findall(r"\d+", row.note)[:4])
-            there = packed[number - 1]
-            assert there["input_ids"][start - 1 : end] == ids(prompt) + ids(answer)
-            assert [label != -100 for label in there["labels"][start - 1 : end]] == losses(prompt, answer)
-            assert size == len(there["input_ids"]) and end - start + 1 in there["seq_lengths"]
+            places = [[int(number) for number in re.findall(r"\d+", place)] for place in row.note.split("; ")]
+            there = [packed[number - 1] for number, *_ in places]
+            spans = [slice(start - 1, end) for _, start, end, *_ in places]
+            tokens, labels = (
+                [token for each, span in zip(there, spans, strict=True) for token in each[name][span]]
+                for name in ("input_ids", "labels")
+            )
+            assert tokens == ids(row.parts[0]) + ids(row.parts[1])
+            assert [label != -100 for label in labels] == losses(*row.parts)
+            assert [size for _, _, _, size, _ in places] == [len(each["input_ids"]) for each in there]
+            assert strategy == "wrapped" or len(tokens) in there[0]["seq_lengths"]
         assert len({row.note for row in found.rows}) == 12 and len(packed) < 30
-        # TRL's collator takes the labels as they are
+        # TRL's collator takes the labels as they are, but for the first of a packed row, which nothing predicts
         batch = trainer.data_collator([packed[0]])
+        assert batch["input_ids"].flatten().tolist() == packed[0]["input_ids"]
         assert batch["labels"].flatten().tolist()[1:] == packed[0]["labels"][1:]
+
+
+def test_where_a_row_is_packed_is_told_of_those_that_are_packed_together(make: Make) -> None:
+    config = make(stages=["sft"], sft={**SMALL, "max_length": 12})
+    notes = packed_places(config, [{"input_ids": [1, 2, 3]}] * 1_003)
+    assert len(notes) == 1_003 and notes[1_000:] == [""] * 3
+    assert notes[0] == "packed row 1, tokens 1 to 3 of 12, shared by 4" and len(set(notes)) == 1_001
 
 
 @pytest.mark.parametrize("keys", [{"packing": False}, {"shuffle_dataset": True}], ids=str)
@@ -161,6 +178,28 @@ def test_reward_shows_the_rows_of_its_trainer_and_where_the_score_is_read(labell
                 assert [token.role for token in answer.tokens] == ["context"] * (len(answer.tokens) - 1) + ["score"]
                 assert answer.tokens[-1].text == "<|im_end|>"
             assert not any(losses(*row.parts))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_a_reward_model_on_another_base_shows_its_own_tokens(
+    labelled: Config, tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    base = make_tiny_bert(tmp_path / "bert") if kind == "encoder" else tiny_model
+    own = {"base": str(base), "max_length": 64, "adapter": None}
+    config = labelled.model_copy(update={"runs": str(tmp_path), "reward": labelled.reward.model_copy(update=own)})
+    shutil.copytree(labelled.folder("label"), config.folder("label"))
+    found = seen(config, "reward", 3)
+    assert ("from the whole row" in found.trained) == (kind == "encoder")
+    with the_trainer_of(config, "reward") as trainer:
+        for number, row in enumerate(found.rows):
+            prompt, *answers = row.parts
+            there = trainer.train_dataset[number]
+            rows = there.get("answers") or [there["chosen_ids"], there["rejected_ids"]]
+            assert rows == [ids(prompt) + ids(answer) for answer in answers]
+            if kind == "encoder":
+                assert text(prompt).startswith("[CLS]") and there["prompt_sizes"] == [len(prompt.tokens)] * 2
+            scored = [token.role == "score" for answer in answers for token in answer.tokens]
+            assert sum(scored) == (0 if kind == "encoder" else 2)
 
 
 def test_a_reward_model_with_ties_says_so(labelled: Config) -> None:
@@ -223,7 +262,7 @@ def test_colours_say_nothing_that_the_plain_text_does_not(labelled: Config) -> N
     found = seen(labelled, "dpo", 2)
     plain, coloured = as_text(found, 80), as_text(found, 80, colour=True)
     assert coloured != plain and re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
-    assert all(len(line) <= 80 for line in plain.splitlines()[4:])
+    assert all(len(line) <= 80 for line in plain.splitlines()[1:])
 
 
 def test_the_same_rows_again(labelled: Config) -> None:
@@ -267,7 +306,7 @@ def test_hostile_texts_are_inert_everywhere() -> None:
     reading = Reading()
     reading.feed(page)
     assert not reading.tags & {"script", "img", "a", "iframe", "form", "link"}
-    assert "&lt;script&gt;" in page and "{{␣7␣*␣7␣}}" in page and "http" not in page
+    assert "&lt;script&gt;" in page and "{{␣7␣*␣7␣}}" in page and "://" not in page
     assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", page)
 
 
