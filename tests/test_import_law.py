@@ -47,6 +47,7 @@ LIGHT = [
     "labeling_ui.quality",
     "labeling_ui.panel",
     "align.cli",
+    "align.check.command",
     "align.config_file",
 ]
 
