@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -47,7 +47,7 @@ def start(patience: int = PATIENCE) -> None:
         patience: seconds after which a collective of training that some process does not come to is given up.
 
     Raises:
-        InputError: the launcher's file asks for FSDP, and there is no GPU.
+        InputError: the launcher's file asks for FSDP where there is no GPU, or with settings that stages cannot have.
     """
     global _patience, _store
     if world_size() == 1 or _joined():
@@ -56,25 +56,13 @@ def start(patience: int = PATIENCE) -> None:
     import torch
     from accelerate import PartialState
 
-    fsdp_wants_a_gpu()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        _fsdp_wants_a_gpu()
+        _check_fsdp(os.environ)
     _end_with_launcher()
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=patience))
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     _store = torch.distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=30))
-
-
-def fsdp_wants_a_gpu() -> None:
-    """
-    Raises:
-        InputError: the launcher's file asks for FSDP, and there is no GPU.
-    """
-    import torch
-
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
-        raise InputError(
-            "FSDP wants GPUs, and there are none: accelerate would leave it out without a word. Give the launcher "
-            "configs/accelerate/cpu.yaml or zero3.yaml."
-        )
 
 
 def leave() -> None:
@@ -247,6 +235,35 @@ def _stepping() -> Any:
 
         _step = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=_patience))
     return _step
+
+
+def _fsdp_wants_a_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(
+            "FSDP wants GPUs, and there are none: accelerate would leave it out without a word. Give the launcher "
+            "configs/accelerate/cpu.yaml or zero3.yaml."
+        )
+
+
+# The launcher's variables for its settings of FSDP, what stages want of them, and what another value would mean.
+_FSDP = {
+    "FSDP_VERSION": ("2", "version 1 does not let a process hold the whole weights for a while"),
+    "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "no later stage could load what this one saves"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "only the first process would load any weights to measure with"),
+}
+
+
+def _check_fsdp(settings: Mapping[str, str]) -> None:
+    for variable, (wanted, otherwise) in _FSDP.items():
+        got = settings.get(variable)
+        if got != wanted:
+            key = variable.lower()
+            raise InputError(
+                f"{key} is {_short(got)} in the launcher's file, and {otherwise}: write `{key}: {wanted}` under "
+                "fsdp_config, as configs/accelerate/fsdp2.yaml has it."
+            )
 
 
 def _end_with_launcher() -> None:

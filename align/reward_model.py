@@ -14,7 +14,7 @@ from align import models, progress, ranks, reward_heads, training, trust
 from align.batches import whole_steps
 from align.config import Config
 from align.data.load import only
-from align.data.render import fit, preference_row
+from align.data.render import fit, pair_length, preference_row
 from align.lean import lean_reading
 from align.runs import Run
 from align.sample import sft_model
@@ -174,7 +174,6 @@ def _fitting(
 ) -> tuple[list[Record], list[Record]]:
     def length(record: Record) -> int:
         record |= read(tokenizer, record)
-        # One more for what a chat template writes after the stop token, which TRL's own rendering keeps.
-        return len(record["prompt_ids"]) + max(len(record["chosen_ids"]), len(record["rejected_ids"])) + 1
+        return pair_length(record)
 
     return fit(records, length, max_length, "pairs", key)

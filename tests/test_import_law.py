@@ -48,6 +48,8 @@ LIGHT = [
     "labeling_ui.panel",
     "align.cli",
     "align.check.command",
+    "align.inspect.command",
+    "align.data.report",
     "align.config_file",
 ]
 

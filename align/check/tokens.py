@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from align.check.findings import Finding, part, refused, warned
 from align.check.reading import Rows
-from align.data.render import demonstration_row, preference_row, prompt_ids
+from align.data.render import demonstration_row, pair_length, preference_row, prompt_ids
 from reward.records import InputError, Message, Record, answer_text
 
 SAMPLE = 2000  # rows whose tokens are looked at, of each file
@@ -98,8 +98,7 @@ def _size(stage: str, rows: Rows, record: Record, tokenizer: Any, note: Note) ->
         _trained(tokenizer, row[f"{side}_ids"], answer_text(record[side]), note, side)
         if stage == "dpo" and _merges(tokenizer, record, side, row["prompt_ids"]):
             note("merged", side)
-    # One more for what a chat template writes after the stop token, as the stages count.
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) + 1
+    return pair_length(row)
 
 
 def _trained(tokenizer: Any, ids: Sequence[int], text: str, note: Note, side: str) -> None:

@@ -72,6 +72,14 @@ def preference_row(tokenizer: PreTrainedTokenizerBase, record: Record) -> Record
     }
 
 
+def pair_length(row: Record) -> int:
+    """Tokens of a `preference_row` as max_length counts them, of the longer answer.
+
+    One more for what a chat template writes after the stop token, which TRL's own rendering keeps.
+    """
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) + 1
+
+
 def fit(
     records: Sequence[Record],
     length: Callable[[Record], int],

@@ -21,9 +21,11 @@ Answer = tuple[list[int], list[Role]]  # the ids and what they are for
 
 @dataclass(frozen=True)
 class Found:
-    """number: of the row among all that were read, from 1. row: its tokens, as the stage makes them."""
+    """number: of the row among all that were read, from 1. skipped: how many before it are longer than the stage
+    allows. row: its tokens, as the stage makes them."""
 
     number: int
+    skipped: int
     record: Record
     row: Record
 
@@ -35,8 +37,8 @@ def first(
     limit: tuple[int, str, str],
     n: int,
     most: int | None = None,
-) -> tuple[list[Found], int]:
-    """(the first `n` rows of the train side that fit, how many before the last of them do not).
+) -> list[Found]:
+    """The first `n` rows of the train side that fit.
 
     Args:
         limit: (tokens, config key, what the rows are called).
@@ -53,11 +55,11 @@ def first(
             continue
         passed += 1
         if record["split"] == "train":
-            found.append(Found(number, record, row))
+            found.append(Found(number, too_long, record, row))
     if not found:  # the stage's own words for it
         kept, _ = fit(records, lambda record: size(read(record)), limit[0], limit[2], limit[1])
         only("train", kept[:most], limit[2])
-    return found, too_long
+    return found
 
 
 def tokenizer_of(config: Config) -> Any:

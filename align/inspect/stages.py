@@ -17,7 +17,7 @@ from typing import Any
 from align import models
 from align.config import Config
 from align.data.load import load_demonstrations
-from align.data.render import demonstration_row, preference_row, prompt_ids
+from align.data.render import demonstration_row, pair_length, preference_row, prompt_ids
 from align.inspect.rows import PACKED_AT_ONCE, Found, dpo_rows, first, packed_places, tokenizer_of
 from align.inspect.tokens import Part, Role, Row, tokens_of, visible
 from align.runs import done_digest
@@ -69,7 +69,7 @@ def _sft(config: Config, n: int) -> Seen:
     tokenizer = tokenizer_of(config)
     records = load_demonstrations(data.demonstrations, data.test_share, data.max_rows).records
     wanted = max(n, PACKED_AT_ONCE) if section.packing else n
-    found, too_long = first(
+    found = first(
         records,
         lambda record: demonstration_row(tokenizer, record),
         lambda row: len(row["input_ids"]),
@@ -94,14 +94,14 @@ def _sft(config: Config, n: int) -> Seen:
         f"The answer's tokens, up to and including the stop token {visible(str(tokenizer.eos_token))}. The prompt is "
         "read and carries no loss.",
         tuple(rows),
-        too_long,
+        found[:n][-1].skipped,
         f"sft.max_length={section.max_length} tokens",
     )
 
 
 def _dpo(config: Config, n: int) -> Seen:
     section, tokenizer = config.dpo, tokenizer_of(config)
-    found, too_long = _pairs(config, "dpo", tokenizer, preference_row, n)
+    found = _pairs(config, "dpo", tokenizer, preference_row, n)
     rows = [
         Row(
             _title("pair", each),
@@ -120,7 +120,7 @@ def _dpo(config: Config, n: int) -> Seen:
         "The tokens of both answers: those of the chosen one are made likelier against those of the rejected one, "
         "measured from the reference. The prompt is read and carries no loss.",
         tuple(rows),
-        too_long,
+        found[-1].skipped,
         f"dpo.max_length={section.max_length} tokens",
     )
 
@@ -139,7 +139,7 @@ def _reward(config: Config, n: int) -> Seen:
         tokenizer = models.load_reward_tokenizer(base)
         scorer = Scorer(models.load_reward_base(base, other), tokenizer, section.base, max_length=section.max_length)
         read, is_encoder = scorer_rows(scorer), scorer.is_encoder  # type: ignore[assignment]
-    found, too_long = _pairs(config, "reward", tokenizer, read, n)
+    found = _pairs(config, "reward", tokenizer, read, n)
     where = "from the whole row" if is_encoder else "at the last token of the row"
     rows = []
     for each in found:
@@ -160,7 +160,7 @@ def _reward(config: Config, n: int) -> Seen:
         f"One score for prompt and answer together, read {where}: the chosen answer's is to be above the rejected "
         f"one's. No token carries a loss of its own.{ties}",
         tuple(rows),
-        too_long,
+        found[-1].skipped,
         f"reward.max_length={section.max_length} tokens",
     )
 
@@ -193,7 +193,7 @@ def _prompts(config: Config, stage: str, n: int, trained: str, most: int | None 
 
     section: Any = config.section(stage)
     tokenizer = tokenizer_of(config)
-    found, too_long = first(
+    found = first(
         gather_prompts(config),
         lambda record: {"prompt_ids": prompt_ids(tokenizer, record["prompt"])},
         lambda row: len(row["prompt_ids"]),
@@ -210,26 +210,19 @@ def _prompts(config: Config, stage: str, n: int, trained: str, most: int | None 
     preferences = data.preferences if config.label.source == "dataset" else None
     source = ", ".join(path for path in (data.prompts, data.demonstrations, preferences) if path)
     limit = f"{stage}.max_prompt_length={section.max_prompt_length} tokens"
-    return Seen(config.name, stage, source, trained, tuple(rows), too_long, limit)
+    return Seen(config.name, stage, source, trained, tuple(rows), found[-1].skipped, limit)
 
 
 # -- what they share --------------------------------------------------------------------------------------------------
 
 
-def _pairs(
-    config: Config, stage: str, tokenizer: Any, read: Callable[[Any, Record], Record], n: int
-) -> tuple[list[Found], int]:
+def _pairs(config: Config, stage: str, tokenizer: Any, read: Callable[[Any, Record], Record], n: int) -> list[Found]:
     """The first preferences that fit; as `align.reward_model.preference_rows` chooses them."""
     done_digest(config.folder("label"))
     records = read_jsonl(config.folder("label") / "preferences.jsonl")
     section: Any = config.section(stage)
-
-    def size(row: Record) -> int:
-        # One more for what a chat template writes after the stop token, as in `align.reward_model`.
-        return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) + 1
-
     limit = (section.max_length, f"{stage}.max_length", "pairs")
-    return first(records, lambda record: read(tokenizer, record), size, limit, n)
+    return first(records, lambda record: read(tokenizer, record), pair_length, limit, n)
 
 
 def _answer(name: str, tokenizer: Any, before: list[int], ids: list[int], roles: Sequence[Role]) -> Part:

@@ -472,7 +472,7 @@ class PPOTrainer(Trainer):
         torch.save(state, Path(output_dir) / STATE.format(rank=self.args.process_index))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Under FSDP the Trainer would write all weights too, the frozen base's with them; `save_model` did the rest."""
+        """Under FSDP the Trainer would write every weight as well, those of the frozen base too."""
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return

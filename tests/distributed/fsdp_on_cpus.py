@@ -49,7 +49,9 @@ def tell_what_is_split() -> None:
             weights: list[Any] = list(model.parameters())  # each a DTensor, or the next line fails
             here, all_of_them = sum(p.to_local().numel() for p in weights), sum(p.numel() for p in weights)
             parts = len(split.units(model))
-            print(f"\nFSDP2: {here} of {all_of_them} weights held here, gathered in {parts} parts\n", end="", flush=True)
+            print(
+                f"\nFSDP2: {here} of {all_of_them} weights held here, gathered in {parts} parts\n", end="", flush=True
+            )
         return result
 
     Accelerator._prepare_fsdp2 = prepared
@@ -58,7 +60,7 @@ def tell_what_is_split() -> None:
 if __name__ == "__main__":
     let_accelerate_split()
     tell_what_is_split()
-    ranks.fsdp_wants_a_gpu = lambda: None
+    ranks._fsdp_wants_a_gpu = lambda: None
     heads.lean_head = lean.lean_layers = lambda model: None  # before the stages import them
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -167,9 +167,9 @@ def _asked_of(tables: Sequence[Table], prompt: Array, asked: Array) -> Array:
 
 
 def leave_similar_rows(table: Table, prompts: Array, threshold: float) -> None:
-    """Of rows whose prompts are alike, and whose answers are each like the other's, the first stays."""
+    """Of rows of one voter whose prompts are alike, and whose answers are each like the other's, the first stays."""
     rows = table.kept()
-    parts = [prompts[rows]]
+    parts = [prompts[rows], _first_of(table.marks.voters[rows])[1]]
     for column, signatures in table.marks.signatures.items():
         if column != "prompt":
             parts.append(clusters(_rows_of([signatures], rows), threshold))

@@ -212,14 +212,14 @@ def _candidates(signatures: Array, first: Array, threshold: float, least: float)
     one before it. The pairs are so in proportion to the rows, whatever all rows have in common.
     """
     rows, width = len(first), band_width(threshold)
-    found = np.empty(0, np.int64)  # a pair as one number, places in `first`: later * rows + earlier
     bands = PERMUTATIONS // width
     keys = (_band(signatures, number % bands, width)[first] for number in range(bands + 1))
+    found = []
     for key, tie in pairwise(keys):
-        new = np.setdiff1d(_met(key, tie), found)
-        good = estimate(signatures, first[new % rows], first[new // rows]) >= least
-        found = np.union1d(found, new[good])
-    return first[found % rows], first[found // rows]
+        met = _met(key, tie)
+        found.append(met[estimate(signatures, first[met % rows], first[met // rows]) >= least])
+    once = np.unique(np.concatenate(found))
+    return first[once % rows], first[once // rows]
 
 
 def band_width(threshold: float) -> int:
@@ -244,7 +244,7 @@ def _band(signatures: Array, number: int, width: int) -> Array:
 
 
 def _met(key: Array, tie: Array) -> Array:
-    """The pairs that meet in one band, as numbers later * rows + earlier.
+    """The pairs that meet in one band, each as one number: later * rows + earlier.
 
     Among those that share a key, rows that share the next band's key as well stand together: where a common phrase
     brings thousands into one band, what is really alike still meets.

@@ -104,7 +104,7 @@ def read_in(config: Config, section: PrepareSection, key: str, work: Path, dropp
     return table
 
 
-_ARRAYS = ("keys", "prompt_ids", "asked", "hashed", "draws")
+_ARRAYS = ("keys", "voters", "prompt_ids", "asked", "hashed", "draws")
 
 
 def _rows(

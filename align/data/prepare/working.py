@@ -79,7 +79,8 @@ class Changed:
 class Marks:
     """Of the rows that are left, in order.
 
-    keys: (rows,) 128 bits of what a row says, as bytes.
+    keys: (rows,) 128 bits of what a row says and who said it, as bytes.
+    voters: (rows,) 128 bits of whose judgement a row is, as bytes; the same for all that name nobody.
     prompt_ids: (rows,) as bytes.
     asked: (rows,) number in SPLITS of the side that the row itself names.
     hashed: (rows,) number in SPLITS of the side that the prompt's hash names.
@@ -89,6 +90,7 @@ class Marks:
     """
 
     keys: Array
+    voters: Array
     prompt_ids: Array
     asked: Array
     hashed: Array
@@ -221,13 +223,15 @@ def _marks(task: Task, records: list[Record]) -> Marks:
     columns = COMPARED[task.kind]
     texts = {column: [_turns(record[column]) for record in records] for column in columns}
     # Two people's votes on one pair are two labels; a row read twice is one.
-    said = ["\x1f".join([*parts, *_voters(record)]) for record, *parts in zip(records, *texts.values(), strict=True)]
-    keys = [exact_key(text) for text in said]
+    voters = [exact_key("\x1f".join(_voters(record))) for record in records]
+    said = ["\x1f".join(parts) for parts in zip(*texts.values(), strict=True)]
+    keys = [exact_key(f"{text}\x1f{whose.hex()}") for text, whose in zip(said, voters, strict=True)]
     seed = task.seed.to_bytes(8, "little")
     draws = [int.from_bytes(hashlib.blake2b(key, digest_size=8, salt=seed).digest(), "little") for key in keys]
     by = task.section.balance.by if task.section.balance else None
     return Marks(
-        keys=np.array(keys, dtype="S16") if keys else np.empty(0, "S16"),
+        keys=np.array(keys, dtype="S16"),
+        voters=np.array(voters, dtype="S16"),
         prompt_ids=np.array([prompt_id(record["prompt"]).encode() for record in records], dtype="S16"),
         asked=np.array([SPLITS.index(record.get("split", "")) for record in records], np.int8),
         hashed=np.array([SPLITS.index(split_of(record["prompt"], task.test_share)) for record in records], np.int8),

@@ -232,6 +232,16 @@ def test_rows_that_are_too_long_are_passed_over_as_the_stage_leaves_them_out(lab
     assert sizes[0] > sizes[-1]
 
 
+def test_rows_passed_over_are_those_before_the_last_one_shown(make: Make) -> None:
+    rows = [
+        {**row, "completion": "So it is. " * (9 if n in (0, 3, 30) else 1)} for n, row in enumerate(demonstrations())
+    ]
+    config = make(rows=[{**row, "split": "train"} for row in rows], stages=["sft"], sft={**SMALL, "max_length": 60})
+    assert [(row.title, seen(config, "sft", n).too_long) for n, row in enumerate(seen(config, "sft", 4).rows, 1)] == [
+        ("demonstration 2", 1), ("demonstration 3", 1), ("demonstration 5", 2), ("demonstration 6", 2),
+    ]  # fmt: skip
+
+
 def test_the_test_side_is_never_shown(labelled: Config) -> None:
     rows = read_jsonl(labelled.folder("label") / "preferences.jsonl")
     found = seen(labelled, "dpo", 1000)

@@ -95,9 +95,10 @@ def test_a_pair_and_its_contradiction_are_no_duplicates() -> None:
 
 def test_two_votes_on_one_pair_are_two_labels() -> None:
     prompt, one, other = sentence(1), sentence(2), sentence(3)
-    section = PrepareSection(near_duplicates=None)
-    rows = [pair(prompt, one, other, annotator=name) for name in ("ann", "bob", "ann")]
-    assert [*settled(table(rows, section, "preference"), section).kept()] == [0, 1]
+    rows = [pair(prompt, one, other + end, annotator=name) for name in ("ann", "bob", "ann") for end in ("", " too")]
+    for near, kept in ((None, [0, 1, 2, 3]), (0.8, [0, 2])):
+        section = PrepareSection(near_duplicates=near)
+        assert [*settled(table(rows, section, "preference"), section).kept()] == kept
 
 
 def test_similar_prompts_go_to_one_side() -> None:
