@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+from align import sharded
 from reward.records import InputError
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ def start(patience: int = PATIENCE) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         _fsdp_wants_a_gpu()
         _check_fsdp(os.environ)
+        sharded.round_only_inside()
     _end_with_launcher()
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=patience))
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -300,9 +302,7 @@ def is_split(model: Any) -> bool:
 
 
 def _is_sharded(model: Any) -> bool:
-    from align import split
-
-    return world_size() > 1 and bool(split.units(model))
+    return world_size() > 1 and bool(sharded.units(model))
 
 
 @contextlib.contextmanager
@@ -318,9 +318,7 @@ def gathered(model: Any, trained_only: bool = False) -> Iterator[None]:
         trained_only: only the weights with gradients, to be saved; no forward pass can be made.
     """
     if _is_sharded(model):
-        from align import split
-
-        with split.whole_trained(model) if trained_only else split.whole_units(model):
+        with sharded.whole_trained(model) if trained_only else sharded.whole_units(model):
             yield
         return
     parts = [p for p in model.parameters() if hasattr(p, "ds_id") and (p.requires_grad or not trained_only)]

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from align import heads, lean, ranks, split
+from align import heads, lean, ranks, sharded
 
 SPLIT = re.compile(r"^FSDP2: (\d+) of (\d+) weights held here, gathered in (\d+) parts$", re.MULTILINE)
 
@@ -48,7 +48,7 @@ def tell_what_is_split() -> None:
         for model in (one for one in result if isinstance(one, torch.nn.Module)):
             weights: list[Any] = list(model.parameters())  # each a DTensor, or the next line fails
             here, all_of_them = sum(p.to_local().numel() for p in weights), sum(p.numel() for p in weights)
-            parts = len(split.units(model))
+            parts = len(sharded.units(model))
             print(
                 f"\nFSDP2: {here} of {all_of_them} weights held here, gathered in {parts} parts\n", end="", flush=True
             )

@@ -1,8 +1,11 @@
-"""Weights that FSDP2 has split over the processes, made whole for a while: to compute with, or to be saved."""
+"""Weights that FSDP2 has split over the processes, made whole for a while: to compute with, or to be saved. And what
+accelerate rounds under FSDP2 that it rounds nowhere else.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -60,3 +63,23 @@ def whole_trained(model: Any) -> Iterator[None]:
     finally:
         for module, name, part in split:
             setattr(module, name, part)
+
+
+def round_only_inside() -> None:
+    """From now on mixed precision under FSDP2 is that of the forward and backward pass alone, as it is without FSDP.
+
+    accelerate also rounds what a model returns and the gradients while they are summed over processes. What is returned
+    are log-probabilities and rewards: in bfloat16, -121 has -120.5 and -121.5 beside it, and DPO's loss is of the
+    differences between such numbers.
+    """
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch import float32
+
+    accelerates = FullyShardedDataParallelPlugin.set_mixed_precision
+
+    def set_mixed_precision(self: Any, *args: Any, **kwargs: Any) -> None:
+        accelerates(self, *args, **kwargs)
+        policy = self.mixed_precision_policy
+        self.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=float32, output_dtype=None)
+
+    FullyShardedDataParallelPlugin.set_mixed_precision = set_mixed_precision
