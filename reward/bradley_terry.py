@@ -29,6 +29,7 @@ Floats = NDArray[np.float64]
 STEPS, CONVERGED, SHORTEST = 100, 1e-10, 1e-6
 # exp(25) to 1: no number of comparisons in practice tells such an ability, so the likelihood has no maximum.
 FARTHEST = 25.0
+FLATTEST = 1e12  # condition number of the information; comparisons in the millions come to 1e8
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,8 @@ def bradley_terry(
         while size > SHORTEST and objective(point + size * step) < here - 1e-12 * abs(here):
             size /= 2
         point = point + size * step
-        if np.abs(point).max() > FARTHEST:
+        # On the way to infinity the likelihood becomes flat before the point is far: how soon, rounding decides.
+        if np.abs(point).max() > FARTHEST or np.linalg.cond(information) > FLATTEST:
             raise InputError(
                 f"The abilities of the {n} items grow without end, for their {met_M.sum():g} comparisons never "
                 "contradict an order: collect more comparisons of items that are close, or give a prior strength, such "
