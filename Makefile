@@ -48,6 +48,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/ppo_vs_trl.py $(RESULTS)
 	$(BIN)/python benchmarks/check.py $(RESULTS)
 	$(BIN)/python benchmarks/near_duplicates.py $(RESULTS)
+	$(BIN)/python benchmarks/prepare.py $(RESULTS)
 
 ## make bench-reward      reward models of equal time against TRL's, on every file of DATA (an hour a file)
 bench-reward: $(VENV)/.dev

@@ -18,11 +18,12 @@ from align.data.names import Kind
 from align.data.prepare.balance import balanced
 from align.data.prepare.duplicates import clusters
 from align.data.prepare.steps import EXAMPLES, StepCount
-from align.data.prepare.working import SPLITS, Marks
+from align.data.prepare.working import SPLITS, Marks, Signatures
 from reward.records import InputError
 
 Array = np.ndarray[Any, Any]
 TRAIN, TEST = SPLITS.index("train"), SPLITS.index("test")
+READ = 2**16  # signatures read at a time: 32 MiB
 ALIKE = 0.8  # prompts of this similarity go to one side, where `near_duplicates` names none
 
 
@@ -221,12 +222,15 @@ def _first_of(keys: Array) -> tuple[Array, Array]:
     return first, inverse.reshape(-1)
 
 
-def _rows_of(parts: Sequence[Array], rows: Array) -> Array:
-    """Rows, by their number over all parts, of arrays that may lie on disk."""
-    ends = np.cumsum([len(part) for part in parts])
+def _rows_of(parts: Sequence[Signatures], rows: Array) -> Array:
+    """Rows, by their number over all parts, of tables that may lie on disk; read a block after the other."""
     found = np.empty((len(rows), parts[0].shape[1]), parts[0].dtype)
-    for number, part in enumerate(parts):
-        start = ends[number] - len(part)
-        here = (rows >= start) & (rows < ends[number])
-        found[here] = part[rows[here] - start]
+    order = np.argsort(rows, kind="stable")
+    wanted, start = rows[order], 0
+    for part in parts:
+        for begin in range(0, len(part), READ):
+            block = part[begin : begin + READ]
+            first, end = np.searchsorted(wanted, [start + begin, start + begin + len(block)])
+            found[order[first:end]] = block[wanted[first:end] - start - begin]
+        start += len(part)
     return found

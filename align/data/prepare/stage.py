@@ -13,9 +13,9 @@ grows by the marks alone, a hundred bytes a row; signatures lie on disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +29,7 @@ from align.data.prepare.augment import augmented
 from align.data.prepare.deciding import Array, Table, decide
 from align.data.prepare.rows import row_steps
 from align.data.prepare.steps import EXAMPLES, StepCount, text_of
-from align.data.prepare.working import SPLITS, Lost, Marks, Row, Task, Worked, masked, worked
+from align.data.prepare.working import SPLITS, Lost, Marks, Row, Signatures, Task, Worked, masked, worked
 from align.data.reading import records_of
 from align.data.turns import CannotHold
 from align.runs import Run
@@ -97,7 +97,7 @@ def read_in(config: Config, section: PrepareSection, key: str, work: Path, dropp
     whole = Marks(
         **{name: np.concatenate([getattr(each, name) for each in marks]) for name in _ARRAYS},
         groups=[group for each in marks for group in each.groups],
-        signatures=kept.arrays(),
+        signatures=kept.tables(),
     )
     table = Table(key, kind, sources, np.concatenate(source), places, whole)
     table.counts = [reading, *counts]
@@ -157,8 +157,26 @@ def _add(counts: list[StepCount], more: list[StepCount]) -> None:
         count.examples += new.examples[: max(0, EXAMPLES - len(count.examples))]
 
 
+@dataclass(frozen=True)
+class _OnDisk:
+    """Signatures in a file. Not a memory map: what is read of one counts as memory of this process."""
+
+    path: Path
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Array:
+        begin, end, _ = rows.indices(len(self))
+        width = self.shape[1]
+        offset = begin * width * self.dtype.itemsize
+        return np.fromfile(self.path, self.dtype, (end - begin) * width, offset=offset).reshape(-1, width)
+
+
 class _Kept:
-    """Signatures on disk, a file a column; as arrays once all are there."""
+    """Signatures on disk, a file a column."""
 
     def __init__(self, work: Path, key: str) -> None:
         self.work, self.key = work, key
@@ -175,18 +193,21 @@ class _Kept:
     def _path(self, column: str) -> Path:
         return self.work / f"{self.key}.{column}.signatures"
 
-    def add(self, signatures: dict[str, Array]) -> None:
-        for column, rows in signatures.items():
+    def add(self, signatures: Mapping[str, Signatures]) -> None:
+        for column, table in signatures.items():
+            rows = table[:]
             if column not in self.files:
                 self.files[column] = self._path(column).open("wb")
                 self.shape[column] = (rows.shape[1], rows.dtype)
             rows.tofile(self.files[column])
 
-    def arrays(self) -> dict[str, Array]:
-        return {
-            column: np.memmap(self._path(column), dtype=dtype, mode="r").reshape(-1, width)
-            for column, (width, dtype) in self.shape.items()
-        }
+    def tables(self) -> dict[str, _OnDisk]:
+        """Of all that was added; the files must have been closed."""
+        found = {}
+        for column, (width, dtype) in self.shape.items():
+            path = self._path(column)
+            found[column] = _OnDisk(path, (path.stat().st_size // (width * dtype.itemsize), width), dtype)
+        return found
 
 
 def write_out(table: Table, section: PrepareSection, seed: int, work: Path, out: Path, dropped: IO[str]) -> None:

@@ -11,10 +11,10 @@ import json
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -75,6 +75,20 @@ class Changed:
     before: Record | None
 
 
+class Signatures(Protocol):
+    """A table of signatures, an array or on disk: read by slices of rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice) -> Array: ...
+
+
 @dataclass
 class Marks:
     """Of the rows that are left, in order.
@@ -86,7 +100,7 @@ class Marks:
     hashed: (rows,) number in SPLITS of the side that the prompt's hash names.
     draws: (rows,) uint64, by which rows are drawn: from the seed and the text alone.
     groups: (rows,) what `balance.by` names.
-    signatures: by column, (rows, permutations).
+    signatures: by column, (rows, permutations); of a whole file, on disk.
     """
 
     keys: Array
@@ -96,7 +110,7 @@ class Marks:
     hashed: Array
     draws: Array
     groups: list[str]
-    signatures: dict[str, Array]
+    signatures: Mapping[str, Signatures]
 
 
 @dataclass
