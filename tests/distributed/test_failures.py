@@ -368,7 +368,8 @@ def test_a_disk_that_cannot_be_written(forks: Forks, folder: Path, disk: Path) -
     command, run = on_disk(folder, disk)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     said = refused(forks, forks.run(folder, command))
-    assert said == f"align: cannot write to {run.parent}: Read-only file system; set `runs` to a folder you can write to."
+    where = run.parent  # the record of what was checked comes first
+    assert said == f"align: cannot write to {where}: Read-only file system; set `runs` to a folder you can write to."
 
 
 def test_a_port_in_use_is_said_before_anything_is_started(folder: Path, tmp_path: Path) -> None:
