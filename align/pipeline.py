@@ -143,7 +143,8 @@ def run_stage(config: Config, name: str, *, force: bool = False) -> Run:
         inputs,
         config_yaml=config_yaml(config),
         parents=parents,
-        force=force,
+        # An unfinished prepare holds nothing to go on from: data that was refused and mended is simply read again.
+        force=force or (name == PREPARE and not is_done(config.folder(name))),
         writer=ranks.is_first(),
         labels_simulated=config.label.source == "simulated" and name not in (PREPARE, "sft", "sample"),
     ) as run:

@@ -45,7 +45,7 @@ def store(tmp_path: Path) -> Path:
                 value = 4 if item.comparison_id == "c2" else 2
                 key = f"{item.key} {annotator}"
                 said = {"item_id": item.id, "annotator": annotator, "order": [0, 1], "value": value, "key": key}
-                labels.record(project, said)  # type: ignore[arg-type]
+                labels.record(project, said)
     return path
 
 
@@ -89,7 +89,7 @@ def test_a_new_label_is_another_input(tmp_path: Path, store: Path) -> None:
         project = labels.project("people")
         item = labels.items(project)[0]
         said = {"item_id": item.id, "annotator": "cy", "order": [1, 0], "value": 1, "key": "late"}
-        labels.record(project, said)  # type: ignore[arg-type]
+        labels.record(project, said)
     with pytest.raises(InputError, match=r"labels: was 8, is 9"):
         run_stage(config, "label")
     run_stage(config, "label", force=True)

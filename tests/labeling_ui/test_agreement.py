@@ -45,7 +45,7 @@ KRIPPENDORFF_2011 = table("123321412...", "1233224125.3", ".3332342251.", "12332
 @pytest.mark.parametrize(("level", "published"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
 def test_krippendorffs_own_example_with_missing_data(level: str, published: float) -> None:
     """Section C and D of "Computing Krippendorff's Alpha-Reliability": 4 observers, 12 units, the last not pairable."""
-    assert krippendorff(KRIPPENDORFF_2011, level) == pytest.approx(published, abs=0.0005)  # type: ignore[arg-type]
+    assert krippendorff(KRIPPENDORFF_2011, level) == pytest.approx(published, abs=0.0005)
 
 
 def test_alpha_by_hand() -> None:
@@ -74,7 +74,7 @@ def slow_alpha(units: list[dict[str, int]], level: str) -> float:
 @given(units=units_of_values)
 def test_alpha_is_one_minus_variance_within_over_variance_in_all(level: str, units: list[dict[str, int]]) -> None:
     assume(len({value for unit in units if len(unit) > 1 for value in unit.values()}) > 1)
-    assert krippendorff(units, level) == pytest.approx(slow_alpha(units, level), abs=1e-9)  # type: ignore[arg-type]
+    assert krippendorff(units, level) == pytest.approx(slow_alpha(units, level), abs=1e-9)
 
 
 @deterministic

@@ -233,7 +233,7 @@ def test_the_admin_page(server: Server, project: Any, open_page: Any) -> None:
     items = server.store.items(made)
     for name, value in (("<b>eve</b>", 1), ("bob", 7)):
         said = {"item_id": items[0].id, "annotator": name, "key": name, "order": [0, 1], "value": value}
-        server.store.record(made, {**said, "comment": "<img src=x onerror=window.hit=1>"})  # type: ignore[arg-type]
+        server.store.record(made, {**said, "comment": "<img src=x onerror=window.hit=1>"})
     page = open_page(made, name="admin-1")
     page.goto(f"{server.origin}/admin/")
     page.wait_for_selector("text=Annotators")

@@ -196,7 +196,7 @@ def label(
         labels_per_item=labels_per_item,
         preference=PREFERENCE,
         seed=seed,
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 

@@ -26,7 +26,7 @@ from tests.labeling_ui.conftest import Postgres, comparison, on_both
 
 def judgement(**changed: Any) -> Judgement:
     said = {"item_id": 1, "annotator": "ann", "order": [1, 0], "value": 2, "key": "k"}
-    return {**said, **changed}  # type: ignore[typeddict-item]
+    return {**said, **changed}
 
 
 @pytest.fixture

@@ -341,7 +341,7 @@ def test_nothing_and_too_much_to_aggregate(method: Method) -> None:
 
 def test_unknown_method() -> None:
     with pytest.raises(InputError, match="is mean: one of majority, dawid-skene, bradley-terry is wanted"):
-        preferences([], simulated=False, method="mean")  # type: ignore[arg-type]
+        preferences([], simulated=False, method="mean")
 
 
 def test_a_ranking_speaks_of_all_pairs_of_its_group(tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_ranking_speaks_of_all_pairs_of_its_group(tmp_path: Path) -> None:
         (item,) = store.items(project)
         for annotator in ("ann", "bob"):
             said = {"annotator": annotator, "order": list(item.answers), "ranking": [[2], [0, 3], [1]]}
-            store.record(project, {"item_id": item.id, "key": annotator, **said})  # type: ignore[typeddict-item]
+            store.record(project, {"item_id": item.id, "key": annotator, **said})
         for method in METHODS:
             result = preferences(store.votes(project), simulated=False, method=method)
             won = {(record["chosen"][0]["content"][-1], record["rejected"][0]["content"][-1]): record["strengths"]

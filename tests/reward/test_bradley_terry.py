@@ -130,7 +130,7 @@ def test_names_do_not_matter(drawn: list[list[int]], other: list[list[int]], ran
     ties = np.triu(np.resize(table(other), (n, n)), 1) * tied
     ties += ties.T
     order = list(range(n))
-    random.shuffle(order)  # type: ignore[attr-defined]
+    random.shuffle(order)
     fit, shuffled = bradley_terry(wins, ties), bradley_terry(wins[np.ix_(order, order)], ties[np.ix_(order, order)])
     assert shuffled.ability_N == pytest.approx(fit.ability_N[order], abs=1e-7)
     assert shuffled.covariance_NN == pytest.approx(fit.covariance_NN[np.ix_(order, order)], abs=1e-7)
@@ -235,7 +235,7 @@ def test_a_prior_pulls_towards_zero_and_needs_no_links() -> None:
 )
 def test_refusals(wins: list[list[float]], more: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        bradley_terry(wins, **more)  # type: ignore[arg-type]
+        bradley_terry(wins, **more)
 
 
 @pytest.mark.parametrize(

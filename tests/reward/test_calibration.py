@@ -233,6 +233,6 @@ def test_brier_is_scikit_learns(gap_P: list[float]) -> None:
 @pytest.mark.parametrize("call", [reliability, expected_calibration_error])
 def test_outcomes_that_do_not_match_are_refused(call: object) -> None:
     with pytest.raises(ValueError, match="wanted"):
-        call([0.5, 0.6], [1])  # type: ignore[operator]
+        call([0.5, 0.6], [1])
     with pytest.raises(ValueError, match="bins is 0"):
-        call([0.5], [1], 0)  # type: ignore[operator]
+        call([0.5], [1], 0)

@@ -54,7 +54,7 @@ def test_by_hand() -> None:
 def test_without_ties_every_model_is_bradley_terry() -> None:
     gap = torch.tensor([[0.3], [-2.0]])
     for ties in ("ignore", "davidson", "rao-kupper"):
-        assert torch.equal(likelihood(ties, 0.0)(gap), bradley_terry(gap))  # type: ignore[arg-type]
+        assert torch.equal(likelihood(ties, 0.0)(gap), bradley_terry(gap))
 
 
 def loss(reward: list[list[float]], outcome: list[float], **how: Any) -> float:

@@ -237,7 +237,7 @@ def test_a_group_is_one_ladder() -> None:
 @deterministic
 @given(rows)
 def test_mirrored_votes_give_mirrored_results(fit: object, given_: list[Row]) -> None:
-    model, other = fit(ballots(given_), 5), fit(ballots(mirrored(given_)), 5)  # type: ignore[operator]
+    model, other = fit(ballots(given_), 5), fit(ballots(mirrored(given_)), 5)
     assert other.trust_A == pytest.approx(model.trust_A, abs=1e-6)
     found, mirror = model.better(ballots(given_)), other.better(ballots(mirrored(given_)))
     assert mirror == pytest.approx(1 - found, abs=1e-5)
@@ -249,7 +249,7 @@ def test_mirrored_votes_give_mirrored_results(fit: object, given_: list[Row]) ->
 @deterministic
 @given(rows)
 def test_who_never_voted_is_like_everyone(fit: object, given_: list[Row]) -> None:
-    few, many = fit(ballots(given_), 5), fit(ballots(given_), 7)  # type: ignore[operator]
+    few, many = fit(ballots(given_), 5), fit(ballots(given_), 7)
     assert many.trust_A[:5].tolist() == few.trust_A.tolist()
     assert many.trust_A[4] == many.trust_A[5] == many.trust_A[6]
 

@@ -491,7 +491,7 @@ def test_the_files(sound_figures: Figures, length_figures: Figures, tmp_path: Pa
         assert written["refused"] is refused and written["verdict"] == verdict(figures, checks)
         assert written["figures"] == figures and written["checks"] == [check.record() for check in checks]
     with pytest.raises(ValueError, match="schema 2"):
-        write_report(tmp_path / "c", {**sound_figures, "schema": 2}, [])  # type: ignore[typeddict-item]
+        write_report(tmp_path / "c", {**sound_figures, "schema": 2}, [])
     assert not (tmp_path / "c").exists()
 
 

@@ -163,14 +163,14 @@ def test_the_mean_over_samples_is_that_of_the_log_ratio() -> None:
     policy, reference = (louder(louder(LlamaForCausalLM(config))).eval() for _ in range(2))
     prompt = [5, 6, 7]
     every = [(prompt, [a, b]) for a in range(11) if a != 1 for b in range(11)] + [(prompt, [1])]
-    ratios = [(f.logprob, f.logprob - f.ref_logprob) for f in answer_figures(policy, reference, every, PAD)]  # type: ignore[operator]
+    ratios = [(f.logprob, f.logprob - f.ref_logprob) for f in answer_figures(policy, reference, every, PAD)]
     assert sum(math.exp(logprob) for logprob, _ in ratios) == pytest.approx(1, abs=1e-5)
     true = sum(math.exp(logprob) * ratio for logprob, ratio in ratios)
     torch.manual_seed(1)
     drawn = draw(policy, [prompt] * 4000, max_new_tokens=2, stop_ids=[1], temperature=1.0, top_p=1.0, top_k=0)
     found = answer_figures(policy, reference, [(prompt, a.ids) for a in drawn], PAD, batch_size=500)
-    exact = mean_with_interval([f.kl for f in found], resamples=1)  # type: ignore[misc]
-    sampled = mean_with_interval([f.logprob - f.ref_logprob for f in found], resamples=1)  # type: ignore[operator, misc]
+    exact = mean_with_interval([f.kl for f in found], resamples=1)
+    sampled = mean_with_interval([f.logprob - f.ref_logprob for f in found], resamples=1)
     assert true > 0.1
     assert abs(exact.mean - true) < 4 * exact.standard_error
     assert abs(sampled.mean - true) < 4 * sampled.standard_error

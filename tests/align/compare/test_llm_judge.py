@@ -132,7 +132,7 @@ def judge_of(server: Server | str, folder: Path, pause: float = 0.001, **keys: A
     url = server if isinstance(server, str) else server.url
     section = LlmJudgeSection(model="org/a-judge", base_url=url, **{"timeout": 5, **keys})
     judge = LlmJudge(section, folder / "judge.jsonl")
-    judge._asker._pause = pause  # type: ignore[attr-defined]
+    judge._asker._pause = pause
     return judge
 
 
@@ -330,7 +330,7 @@ def test_retry_after_is_honoured_and_capped(server: Server, tmp_path: Path) -> N
     assert judge.compare(questions(1)) == [1.0]
     assert time.monotonic() - started >= 1
     asked["wait"] = "86400"
-    judge._asker._longest_pause = 0.1  # type: ignore[attr-defined]
+    judge._asker._longest_pause = 0.1
     started = time.monotonic()
     assert judge.compare(questions(2)) == right(2)
     assert 0.1 <= time.monotonic() - started < 10
@@ -579,7 +579,7 @@ def local_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def local(folder: Path, journal: Path, batch_size: int = 8) -> LlmJudge:
     judge = LlmJudge(LlmJudgeSection(model=str(folder)), journal)
-    judge._asker._batch_size = batch_size  # type: ignore[attr-defined]
+    judge._asker._batch_size = batch_size
     return judge
 
 

@@ -105,7 +105,7 @@ def test_shown_by_hand(text: str, shown: str) -> None:
 
 
 def test_counts_say_what_is_trained() -> None:
-    told = tuple(Token(number, "x", role) for number, role in enumerate(["context", "loss", "loss"]))  # type: ignore[arg-type]
+    told = tuple(Token(number, "x", role) for number, role in enumerate(["context", "loss", "loss"]))
     assert Part("answer", told, "no stop token").counts == "3 tokens, 2 with loss, no stop token"
     assert Part("prompt", told[:1], "").counts == "1 token, none with loss"
     assert Part("chosen", (Token(1, "x", "context"), Token(2, "y", "score")), "").counts == "2 tokens"

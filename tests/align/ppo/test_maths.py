@@ -287,7 +287,7 @@ class TestKLEstimate:
 
     def test_an_unknown_estimator_is_refused(self) -> None:
         with pytest.raises(ValueError, match="'k4'"):
-            maths.kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), answers([1], T=1), "k4")  # type: ignore[arg-type]
+            maths.kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), answers([1], T=1), "k4")
 
     def test_the_full_kl_is_no_estimate_from_samples(self) -> None:
         with pytest.raises(ValueError, match=r"needs the logits of both models.*see full_kl"):

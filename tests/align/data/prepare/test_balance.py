@@ -86,4 +86,4 @@ def test_groups_of_columns() -> None:
 @pytest.mark.parametrize("by", ["source", "label", "length"])
 def test_a_row_without_a_group_is_refused(by: str) -> None:
     with pytest.raises(InputError, match=f"prepare.balance.by is {by}.*leave prepare.balance out"):
-        group_of({"prompt": user_prompt("?"), "label": None}, by)  # type: ignore[arg-type]
+        group_of({"prompt": user_prompt("?"), "label": None}, by)

@@ -174,6 +174,17 @@ def test_nothing_left_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     assert not (config.folder("prepare") / "DONE").exists()
 
 
+def test_mended_data_is_read_again_without_force(tmp_path: Path, tiny_model: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    write_jsonl(file, rows(3))
+    file.write_text(file.read_text() + '{"prompt": ')
+    config = config_of(tmp_path, tiny_model, data={"demonstrations": "rows.jsonl"}, prepare={})
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 4: not valid JSON"):
+        run_stage(config, "prepare")
+    write_jsonl(file, rows(4))
+    assert run_stage(config, "prepare").finished and len(prepared(config)) == 4
+
+
 def test_nothing_to_prepare_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(InputError, match="prepare has nothing to prepare"):
         run_stage(config_of(tmp_path, tiny_model, prepare={}), "prepare")

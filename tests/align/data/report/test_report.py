@@ -275,7 +275,7 @@ def test_the_same_again_gives_the_same_bytes(make: Make, tokenizer: Any, tmp_pat
 def test_a_report_of_another_schema_is_not_written(make: Make, tmp_path: Path) -> None:
     told = report.describe(*make(stages=["sft"]), None) | {"schema": 2}
     with pytest.raises(ValueError, match="schema 2"):
-        report.write(tmp_path / "out", told)  # type: ignore[arg-type]
+        report.write(tmp_path / "out", told)
     assert not (tmp_path / "out").exists()
 
 
@@ -292,7 +292,7 @@ def test_the_lines_that_are_said_do_nothing_to_a_terminal() -> None:
     answers = [demonstration(str(number), "\x1b[2J\u202eGo away now") for number in range(40)]
     file = quiet_file(openings=_openings(answers))
     told = hostile_report() | {"look_at": findings.look_at(config_of(), [file]), "files": [file]}
-    lines = report.sentences(told)  # type: ignore[arg-type]
+    lines = report.sentences(told)
     assert any("\\x1b[2j" in line for line in lines) and all(line.isprintable() for line in lines)
 
 
@@ -427,7 +427,7 @@ def hostile_report() -> report.Told:
         seed=0,
         look_at=[{"file": "preferences", "what": NASTY, "threshold": NASTY}, *findings.look_at(config_of(), [file])],
         files=[file],
-        costs={"machine": "one", "rate": NASTY, "stages": costs, "missing": {NASTY: NASTY}},  # type: ignore[typeddict-item]
+        costs={"machine": "one", "rate": NASTY, "stages": costs, "missing": {NASTY: NASTY}},
     )
 
 
